@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The guest's flush instructions.
+ *
+ * TLB entries never outlive the shadow entries they came from, and those of
+ * watched tables follow every write at once. What is left for a flush is to
+ * re-read the tables that are out of sync; contexts keep their ids.
+ *
+ * Locks: none held; the shadow MMU takes its own.
+ */
+#include "vcpu.h"
+
+static int flush_page(struct kage_vcpu *v, uint64_t gva)
+{
+	shadow_sync_page(&v->cpu, gva);
+	tlb_drop_page(v, gva);
+	return KAGE_OK;
+}
+
+/* A timeout leaves tables out of sync that could have been watched again: no harm. */
+static int flush_all(struct kage_vcpu *v)
+{
+	shadow_sync_all(v->cpu.shadow);
+	return KAGE_OK;
+}
+
+/* SDM vol. 2, INVPCID: types 0 and 1 take a PCID other than 0 only with CR4.PCIDE. */
+static int flush_asid(struct kage_vcpu *v, uint64_t asid)
+{
+	if (asid > 0xfff || (asid && !(v->regs.cr4 & CR4_PCIDE)))
+		return -EINVAL;
+	return flush_all(v);
+}
+
+static int flush_cr3(struct kage_vcpu *v, uint64_t value)
+{
+	struct kage_x86_regs regs = v->regs;
+	int r;
+
+	regs.cr3 = value;
+	r = x86_check_regs(v, &regs);
+	if (r)
+		return r == -EOPNOTSUPP ? -EINVAL : r;
+	regs.cr3 &= ~CR3_NOFLUSH;
+	if (!(value & CR3_NOFLUSH))
+		flush_all(v);
+	v->regs = regs;
+	vcpu_switch(v);
+	return KAGE_OK;
+}
+
+int kage_vcpu_flush(struct kage_vcpu *v, const struct kage_flush *flush)
+{
+	struct kage_flush f;
+	uint64_t win;
+	int r;
+
+	if (!v || !flush)
+		return -EINVAL;
+	r = config_check(flush, sizeof(f), sizeof(f));
+	if (r)
+		return r;
+	config_copy(&f, flush, sizeof(f));
+	win = slow_begin(v);
+	switch (f.kind) {
+	case KAGE_FLUSH_ALL: r = flush_all(v); break;
+	case KAGE_FLUSH_PAGE: r = flush_page(v, f.gva); break;
+	case KAGE_FLUSH_ASID: r = flush_asid(v, f.asid); break;
+	case KAGE_FLUSH_CR3: r = flush_cr3(v, f.value); break;
+	default: r = -EINVAL; break;
+	}
+	slow_end(v, win);
+	return r;
+}

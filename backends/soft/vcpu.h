@@ -1,0 +1,150 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The soft backend's vCPU, for the files of this folder.
+ *
+ *   head      L1 of the TLB: what the inline functions probe (kage/vcpu.h)
+ *   l2        direct mapped, 2^tlb_bits entries of the same form
+ *   large     2 MiB pages, 256 entries
+ *   set       a context: what of the registers a translation depends on, and
+ *             the ids that tags carry for reading, writing, executing
+ *
+ * An id is 12 bits, from a counter; a whole flush gives new ids to the current
+ * set and takes those of the others (they get new ones when they come back).
+ * When ids run out every array is wiped. Id 0 is in no context: tag 0 is an
+ * empty one. Id 0xfff is in no tag: head.ctx holds it while the vCPU is parked.
+ *
+ * Invariants:
+ *  V1  fills, and tag stores by other threads, happen under tlb_lock; the owner
+ *      alone fills. So a tag never comes back after somebody overwrote it.
+ *  V2  a translation that the owner may be using through L1 has its tag in L1,
+ *      and as long as no slow path closed the window, in l2 or large too: who
+ *      overwrites finds it (tlb_drop's result).
+ *  V3  running == 0 implies that head.ctx is parked: inline probes miss, and
+ *      the way to a hit leads through tlb_lock and a full fence (unpark).
+ *  V4  without membarrier(2) head.ctx is parked for ever: every access goes
+ *      through the out-of-line functions, which use a real fence.
+ *
+ * Locks: tlb_lock (RANK_TLB), within the shadow lock where both are needed.
+ */
+#ifndef KAGE_SOFT_VCPU_H
+#define KAGE_SOFT_VCPU_H
+
+#include "api/engine.h"
+#include "api/vm.h"
+#include "shadow/shadow.h"
+
+#define TLB_PARKED 0xfffu
+#define TLB_LARGE 256
+#define TLB_LARGE_SHIFT 21
+#define TLB_SETS 16
+#define TLB_KINDS 3
+
+_Static_assert(BLOCK_PAGES * PAGE_SIZE == 1u << TLB_LARGE_SHIFT, "a large page is the engine's block");
+_Static_assert(KAGE_READ == 1 << 0 && KAGE_WRITE == 1 << 1 && KAGE_EXEC == 1 << 2, "kind n is access 1 << n");
+
+struct ctx_set {
+	bool used;
+	uint16_t id[TLB_KINDS]; /* 0: to be given when the set is selected */
+	uint32_t role;
+	uint64_t stamp;
+	struct shadow_mode mode; /* what does not matter is cleared */
+};
+
+struct kage_vcpu {
+	struct kage_vcpu_head head;
+	struct shadow_cpu cpu;
+	struct kage_vm *vm;
+	struct lock tlb_lock;
+	bool fast;             /* V4 does not apply */
+	bool large_used;       /* since the last wipe */
+	uint64_t ctx[TLB_KINDS]; /* of the current set; head.ctx while running */
+	struct kage_tlb_entry *l2;
+	uint64_t l2_mask;
+	uint32_t next_id;
+	struct ctx_set *current;
+	uint64_t clock;
+	struct ctx_set set[TLB_SETS];
+	struct kage_tlb_entry large[TLB_LARGE];
+	/* configuration and registers */
+	uint32_t features, phys_bits;
+	struct kage_x86_regs regs;
+	void (*code_written)(void *opaque, struct kage_vcpu *vcpu, uint64_t gpa, uint64_t len);
+	void *opaque;
+};
+_Static_assert(offsetof(struct kage_vcpu, head) == 0, "kage/vcpu.h casts");
+_Static_assert(sizeof(struct kage_tlb_entry) == 32, "JITs know it");
+
+/* -- tlb.c ----------------------------------------------------------------- */
+
+extern const struct shadow_cpu_ops soft_ops, soft_ops_code;
+int tlb_init(struct kage_vcpu *v, unsigned bits);
+void tlb_finish(struct kage_vcpu *v);
+/* Selects the context of the vCPU's mode; keeps what its TLB has for it. */
+void tlb_select(struct kage_vcpu *v, const struct shadow_mode *mode);
+/* Copies an entry of l2 or large for the page to L1, if there is one for `kind`. Unparks. */
+bool tlb_refill(struct kage_vcpu *v, uint64_t gva, unsigned kind);
+void tlb_unpark(struct kage_vcpu *v);
+void tlb_park(struct kage_vcpu *v);
+/* INVLPG: the page, and what is larger around it, in all contexts. */
+void tlb_drop_page(struct kage_vcpu *v, uint64_t gva);
+
+/* As kage_tlb_probe(), parked or not. */
+static inline struct kage_tlb_entry *tlb_probe(struct kage_vcpu *v, uint64_t gva, size_t len, unsigned kind)
+{
+	struct kage_tlb_entry *e = &v->head.tlb[(gva >> KAGE_PAGE_SHIFT) & (KAGE_TLB_ENTRIES - 1)];
+	uint64_t want = ((gva + len - 1) & ~(KAGE_PAGE_SIZE - 1)) | READ_ONCE(v->ctx[kind]);
+
+	return READ_ONCE(e->tag[kind]) == want ? e : NULL;
+}
+
+/* -- access.c -------------------------------------------------------------- */
+
+/* As kage_window_open(), with a real fence where inline probes never hit (V4). */
+static inline uint64_t window_open(struct kage_vcpu *v)
+{
+	uint64_t win = kage_window_open(&v->head);
+
+	if (unlikely(!v->fast))
+		atomic_thread_fence(memory_order_seq_cst);
+	return win;
+}
+
+/* A slow path: the window is closed from begin to end, and reopened if an enter block had it open. */
+uint64_t slow_begin(struct kage_vcpu *v);
+void slow_end(struct kage_vcpu *v, uint64_t win);
+
+/* -- x86.c ----------------------------------------------------------------- */
+
+int x86_check_regs(const struct kage_vcpu *v, const struct kage_x86_regs *r);
+struct shadow_mode x86_mode_of(const struct kage_vcpu *v);
+/* Do the registers' changes flush? (SDM vol. 3A 4.10.4.1) `noflush`: bit 63 of a MOV to CR3. */
+bool x86_flushes(const struct kage_x86_regs *old, const struct kage_x86_regs *new, bool noflush);
+
+#define CR0_PE ((uint64_t)1 << 0)
+#define CR0_WP ((uint64_t)1 << 16)
+#define CR0_NW ((uint64_t)1 << 29)
+#define CR0_CD ((uint64_t)1 << 30)
+#define CR0_PG ((uint64_t)1 << 31)
+#define CR3_NOFLUSH ((uint64_t)1 << 63)
+#define CR4_PAE ((uint64_t)1 << 5)
+#define CR4_PGE ((uint64_t)1 << 7)
+#define CR4_LA57 ((uint64_t)1 << 12)
+#define CR4_PCIDE ((uint64_t)1 << 17)
+#define CR4_SMEP ((uint64_t)1 << 20)
+#define CR4_SMAP ((uint64_t)1 << 21)
+#define CR4_PKE ((uint64_t)1 << 22)
+#define CR4_CET ((uint64_t)1 << 23)
+#define CR4_PKS ((uint64_t)1 << 24)
+#define CR4_LAM_SUP ((uint64_t)1 << 28)
+#define EFER_LME ((uint64_t)1 << 8)
+#define EFER_LMA ((uint64_t)1 << 10)
+#define EFER_NXE ((uint64_t)1 << 11)
+#define RFLAGS_AC ((uint64_t)1 << 18)
+
+/* -- vcpu.c ---------------------------------------------------------------- */
+
+static inline struct kage_vcpu *vcpu_of(struct shadow_cpu *cpu) { return container_of(cpu, struct kage_vcpu, cpu); }
+/* New registers are in place: switches root and context. */
+void vcpu_switch(struct kage_vcpu *v);
+
+#endif

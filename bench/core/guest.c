@@ -1,0 +1,156 @@
+/* SPDX-License-Identifier: MIT */
+/* Engines and guests for the suites, and ways into their memory. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+
+#include "core.h"
+
+void must(int result, const char *what)
+{
+	if (result == 0)
+		return;
+	fflush(stdout);
+	fprintf(stderr, "kage-bench-core: %s: %s (%d)\n", what, result < 0 ? strerror(-result) : "outcome", result);
+	exit(2);
+}
+
+void *must_map(void *p, const char *what)
+{
+	if (p == MAP_FAILED || !p) {
+		fflush(stdout);
+		perror(what);
+		exit(2);
+	}
+	return p;
+}
+
+struct guest guest_create(uint64_t bytes, uint32_t region_flags, uint64_t reserve)
+{
+	struct guest g = { .bytes = bytes };
+
+	must(kage_engine_create(KAGE_CFG(kage_engine_config, .reserve = reserve), &g.engine), "engine");
+	must(kage_vm_create(g.engine, NULL, &g.vm), "guest");
+	must(kage_vm_map(g.vm, KAGE_CFG(kage_region, .len = bytes, .flags = region_flags)), "region");
+	return g;
+}
+
+void guest_destroy(struct guest *g)
+{
+	must(kage_vm_destroy(g->vm), "destroy guest");
+	must(kage_engine_destroy(g->engine), "destroy engine");
+}
+
+void guest_settle(const struct guest *g)
+{
+	struct kage_progress p = { .size = sizeof(p), .more = 1 };
+
+	while (p.more || p.frames_freed) {
+		p.more = 0;
+		p.frames_freed = 0;
+		must(kage_engine_step(g->engine, NULL, &p), "step");
+	}
+}
+
+struct kage_stats guest_stats(const struct guest *g, struct kage_vm *vm)
+{
+	struct kage_stats s = { .size = sizeof(s) };
+
+	must(kage_stats_get(g->engine, vm, &s), "stats");
+	return s;
+}
+
+uint64_t guest_present(const struct guest *g)
+{
+	struct kage_reader r;
+	struct kage_page page;
+	uint64_t entries = 0;
+	struct kage_stats before = guest_stats(g, g->vm), after;
+
+	must(kage_reader_init(g->vm, &r), "reader");
+	for (uint64_t gpa = 0; gpa < g->bytes; entries++) {
+		int result;
+
+		do {
+			kage_reader_begin(&r, gpa, PAGE);
+			result = kage_backend_fault(g->vm, &r, gpa, KAGE_READ, &page);
+			kage_reader_end(&r);
+		} while (result == KAGE_RETRY);
+		must(result, "fault");
+		gpa = page.gpa + page.len;
+	}
+	kage_reader_finish(&r);
+	after = guest_stats(g, g->vm);
+	return after.faults - before.faults - (after.faults_spurious - before.faults_spurious) == entries ? entries : 0;
+}
+
+char *guest_raw(const struct guest *g, uint64_t bytes)
+{
+	struct iovec iov;
+	unsigned n = 1;
+
+	must(kage_vm_pin(g->vm, 0, bytes, 0, &iov, &n), "pin");
+	return iov.iov_base;
+}
+
+void guest_unraw(const struct guest *g, uint64_t bytes)
+{
+	must(kage_vm_unpin(g->vm, 0, bytes), "unpin");
+}
+
+static void put_entry(const struct guest *g, uint64_t table, uint64_t gva, unsigned level, uint64_t target)
+{
+	uint64_t slot = table + (gva >> (12 + 9 * level) & 511) * 8;
+	/* present, writable, user, accessed; dirty in a leaf */
+	uint64_t entry = target | 0x27 | (level == 0 ? 0x40 : 0);
+
+	must(kage_vm_write(g->vm, slot, &entry, 8), "guest table");
+}
+
+void guest_tables(const struct guest *g, uint64_t gva, uint64_t bytes, uint64_t tables)
+{
+	uint64_t leaf = tables + 3 * PAGE;
+
+	put_entry(g, tables, gva, 3, tables + PAGE);
+	put_entry(g, tables + PAGE, gva, 2, tables + 2 * PAGE);
+	for (uint64_t at = 0; at < bytes; at += PAGE) {
+		uint64_t table = leaf + (at >> 21) * PAGE;
+
+		if (at % (2 * MIB) == 0)
+			put_entry(g, tables + 2 * PAGE, gva + at, 1, table);
+		put_entry(g, table, gva + at, 0, at);
+	}
+}
+
+struct kage_vcpu *vcpu_flat(struct kage_vm *vm)
+{
+	struct kage_vcpu *v;
+
+	must(kage_vcpu_create(vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI), &v), "vCPU");
+	return v;
+}
+
+struct kage_vcpu *vcpu_paged(struct kage_vm *vm, uint64_t tables)
+{
+	struct kage_vcpu *v = vcpu_flat(vm);
+	const struct kage_x86_regs regs = {
+		.cr0 = 0x80010001, /* PG, WP, PE */
+		.cr3 = tables,
+		.cr4 = 0x20,  /* PAE */
+		.efer = 0xd00, /* NXE, LMA, LME */
+		.cpl = 3,
+	};
+
+	must(kage_vcpu_set_regs(v, &regs, sizeof(regs)), "registers");
+	return v;
+}
+
+struct kage_vm *must_clone(struct kage_vm *vm)
+{
+	struct kage_vm *clone;
+
+	must(kage_vm_clone(vm, NULL, &clone), "clone");
+	return clone;
+}

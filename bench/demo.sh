@@ -1,0 +1,78 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# The engine's main job on the memory of three real Linux guests, in about a minute:
+#
+#   sh bench/demo.sh [--corrupt] [--clones N] [--writes N] [--svg FILE]
+#
+# Installs what is missing (as root; else says what to install), builds into
+# build/, boots the guests (bench/demo/guests.sh), runs kage-demo on their memory.
+# Exit: 0, 1 if a check failed, 2 if something could not be done. Environment:
+#   KAGE_BUILD           build folder, default build
+#   KAGE_DEMO_SYNTHETIC  1: generated images instead of guests; never: fail where there are no guests
+#   KAGE_DEMO_REUSE      1: use the images of the last run
+#   KAGE_DEMO_MIB        MiB of a guest, default 160
+set -u
+
+cd "$(dirname "$0")/.." || exit 2
+build=${KAGE_BUILD:-build}
+begin=$(date +%s)
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# "what must be there" "package"; the guests' tools are wanted, the others needed.
+missing=
+need() { have "$1" || missing="$missing $2"; }
+need_lib() { pkg-config --exists "$1" 2>/dev/null || missing="$missing $2"; }
+
+find_missing() {
+	missing=
+	{ have gcc || have cc; } && [ -e /usr/include/stdio.h ] || missing=" gcc libc6-dev"
+	need meson meson
+	need ninja ninja-build
+	need pkg-config pkg-config
+	need_lib liburcu-memb liburcu-dev
+	need_lib libxxhash libxxhash-dev
+	need_lib check check
+	needed=$missing
+	if [ "${KAGE_DEMO_SYNTHETIC:-}" != 1 ]; then
+		need cpio cpio
+		need busybox busybox-static
+		need qemu-system-x86_64 qemu-system-x86
+	fi
+}
+
+find_missing
+if [ -n "$missing" ]; then
+	if [ "$(id -u)" = 0 ] && have apt-get; then
+		echo "Installing:$missing"
+		apt-get -qq update
+		# One by one for the guests' tools: without them the demo still runs.
+		for p in $missing; do
+			DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends "$p" >/dev/null ||
+				echo "  cannot install $p" >&2
+		done
+		find_missing
+	else
+		echo "Missing; as root: apt-get install$missing" >&2
+	fi
+	[ -z "$needed" ] || { echo "demo.sh: cannot build without:$needed" >&2; exit 2; }
+fi
+
+echo "Build ($build/)"
+mkdir -p "$build" || exit 2
+[ -f "$build/build.ninja" ] || meson setup "$build" >"$build/demo.log" 2>&1 ||
+	{ cat "$build/demo.log" >&2; exit 2; }
+ninja -C "$build" kage-demo-programs >"$build/demo.log" 2>&1 || { cat "$build/demo.log" >&2; exit 2; }
+
+guests=$build/demo
+if [ "${KAGE_DEMO_REUSE:-}" = 1 ] && [ -f "$guests/how" ]; then
+	echo "Guests: those of the last run ($guests/)"
+else
+	echo "Guests"
+	sh bench/demo/guests.sh "$build/bench" "$guests" || exit 2
+fi
+
+"$build/bench/kage-demo" "$@" "$guests"
+status=$?
+echo "demo.sh: $(($(date +%s) - begin)) s in all"
+exit $status

@@ -1,0 +1,282 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Engine: create, step, tune, audit, destroy. And the rules of config structs.
+ */
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <sys/eventfd.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <kage/kage.h>
+#include "api/engine.h"
+#include "api/vm.h"
+#include "shadow/shadow.h"
+
+#define SPACE_DEFAULT ((uint64_t)16 << 40)
+#define SPACE_MIN ((uint64_t)1 << 30)
+#define SPACE_MAX ((uint64_t)64 << 40)
+#define RESERVE_DEFAULT ((uint64_t)4 << 20)
+#define WINDOW_TIMEOUT_MS 10000
+
+uint32_t kage_version(void)
+{
+	return KAGE_VERSION_MAJOR << 16 | KAGE_VERSION_MINOR << 8 | KAGE_VERSION_PATCH;
+}
+
+int config_check(const void *config, size_t known, size_t least)
+{
+	const uint8_t *bytes = config;
+	uint32_t size;
+
+	memcpy(&size, config, sizeof(size));
+	if (size < least)
+		return -EINVAL;
+	for (size_t i = known; i < size; i++)
+		if (bytes[i])
+			return -E2BIG;
+	return 0;
+}
+
+void config_copy(void *to, const void *config, size_t known)
+{
+	uint32_t size;
+
+	memset(to, 0, known);
+	if (!config)
+		return;
+	memcpy(&size, config, sizeof(size));
+	memcpy(to, config, MIN(size, known));
+}
+
+static int engine_config(struct kage_engine_config *c, const struct kage_engine_config *config)
+{
+	int r = config ? config_check(config, sizeof(*c), sizeof(*c)) : 0;
+
+	if (r)
+		return r;
+	config_copy(c, config, sizeof(*c));
+	if (c->backing > KAGE_BACKING_MEMFD)
+		return -EINVAL;
+	if (!c->address_space)
+		c->address_space = SPACE_DEFAULT;
+	if (c->address_space & (c->address_space - 1) || c->address_space < SPACE_MIN || c->address_space > SPACE_MAX)
+		return -EINVAL;
+	if (!c->alloc.alloc != !c->alloc.free)
+		return -EINVAL;
+	if (!c->reserve)
+		c->reserve = RESERVE_DEFAULT;
+	if (!c->window_timeout_ms)
+		c->window_timeout_ms = WINDOW_TIMEOUT_MS;
+	if (!c->seed && getrandom(&c->seed, sizeof(c->seed), 0) != sizeof(c->seed))
+		return -errno;
+	return 0;
+}
+
+int kage_engine_create(const struct kage_engine_config *config, struct kage_engine **out)
+{
+	struct kage_engine_config c;
+	struct pool_config pc;
+	struct kage_engine *e;
+	struct env env;
+	int r;
+
+	if (!out)
+		return -EINVAL;
+	r = engine_config(&c, config);
+	if (r)
+		return r;
+	memset(&env, 0, sizeof(env));
+	env_init(&env, &c);
+	e = env_alloc(&env, sizeof(*e));
+	if (!e)
+		return -ENOMEM;
+	env_init(&e->env, &c);
+	e->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (e->event < 0) {
+		r = -errno;
+		goto free_engine;
+	}
+	pc = (struct pool_config){ .backing = c.backing, .address_space = c.address_space,
+				   .memory_limit = c.memory_limit, .reserve = c.reserve };
+	r = pool_create(&pc, &e->env, &e->pool);
+	if (r)
+		goto close_event;
+	r = host_init(&e->host, &e->env, e->pool, c.memory_limit != 0);
+	if (r)
+		goto destroy_pool;
+	r = merge_init(&e->merge, &e->host, c.seed);
+	if (r)
+		goto finish_host;
+	*out = e;
+	return KAGE_OK;
+finish_host:
+	host_finish(&e->host);
+destroy_pool:
+	pool_destroy(e->pool);
+close_event:
+	close(e->event);
+free_engine:
+	env_finish(&e->env);
+	env_free(&env, e, sizeof(*e));
+	return r;
+}
+
+int kage_engine_destroy(struct kage_engine *e)
+{
+	struct kage_alloc alloc;
+	struct env env;
+
+	if (!e)
+		return KAGE_OK;
+	if (atomic_load(&e->guests))
+		return -EBUSY;
+	merge_finish(&e->merge);
+	defer_run(&e->env.defer);
+	pool_reap(e->pool);
+	defer_run(&e->env.defer);
+	host_finish(&e->host);
+	if (pool_destroy(e->pool))
+		env_corrupt(&e->env, "frames were left when the engine was destroyed");
+	close(e->event);
+	env_finish(&e->env);
+	alloc = e->env.alloc;
+	memset(&env, 0, sizeof(env));
+	env.alloc = alloc;
+	env_free(&env, e, sizeof(*e));
+	return KAGE_OK;
+}
+
+int kage_engine_fd(struct kage_engine *e)
+{
+	return e ? e->event : -EINVAL;
+}
+
+void engine_due(struct kage_engine *e)
+{
+	uint64_t one = 1;
+	ssize_t n;
+
+	if (!pool_pending(e->pool) && !e->merge.on && !atomic_load(&e->env.defer.pending))
+		return;
+	n = write(e->event, &one, sizeof(one)); /* EAGAIN: it is readable already */
+	(void)n;
+}
+
+void engine_settle(struct kage_engine *e)
+{
+	if (pool_reap_due(e->pool)) {
+		pool_reap(e->pool);
+		defer_run(&e->env.defer);
+	}
+	engine_due(e);
+}
+
+static int step_work(struct kage_engine *e, const struct kage_budget *b, struct kage_progress *p)
+{
+	bool more = false;
+	int r = merge_step(&e->merge, b->pages, b->usec, &p->pages_scanned, &p->pages_merged, &more);
+
+	p->more = more;
+	p->frames_freed = pool_reap(e->pool);
+	defer_run(&e->env.defer);
+	p->passes = atomic_load(&e->merge.passes);
+	if (r == 0)
+		r = pool_refill(e->pool);
+	return r;
+}
+
+int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, struct kage_progress *progress)
+{
+	struct kage_progress p = { .size = sizeof(p) };
+	struct kage_budget b;
+	uint64_t seen;
+	ssize_t n;
+	int r;
+
+	if (!e)
+		return -EINVAL;
+	r = budget ? config_check(budget, sizeof(b), sizeof(b)) : 0;
+	if (!r && progress)
+		r = config_check(progress, sizeof(p), sizeof(p));
+	if (r)
+		return r;
+	config_copy(&b, budget, sizeof(b));
+	n = read(e->event, &seen, sizeof(seen));
+	(void)n;
+	r = step_work(e, &b, &p);
+	if (p.more)
+		engine_due(e);
+	if (r == 0 && progress) {
+		p.size = progress->size;
+		*progress = p;
+	}
+	return r;
+}
+
+int kage_engine_tune(struct kage_engine *e, const struct kage_tune *tune)
+{
+	struct kage_tune t;
+	int r;
+
+	if (!e || !tune)
+		return -EINVAL;
+	r = config_check(tune, sizeof(t), sizeof(t));
+	if (r)
+		return r;
+	config_copy(&t, tune, sizeof(t));
+	if (t.flags & ~(uint32_t)KAGE_TUNE_MERGE || t.no_zero_pages > 1 || t.max_sharing == 1)
+		return -EINVAL;
+	merge_tune(&e->merge, t.flags & KAGE_TUNE_MERGE, t.no_zero_pages, t.max_sharing);
+	engine_due(e);
+	return KAGE_OK;
+}
+
+/* -- audit ------------------------------------------------------------------------ */
+
+static void __attribute__((format(printf, 2, 3))) audit_line(struct audit *a, const char *fmt, ...)
+{
+	struct kage_audit *out = a->priv;
+	char line[256];
+	va_list ap;
+
+	a->violations++;
+	if (!out->report)
+		return;
+	va_start(ap, fmt);
+	vsnprintf(line, sizeof(line), fmt, ap);
+	va_end(ap);
+	out->report(out->opaque, line);
+}
+
+static int audit_shadow(struct mm *mm, struct audit *a)
+{
+	struct kage_vm *vm = mm->owner;
+	struct shadow *s = vm ? atomic_load(&vm->shadow) : NULL;
+
+	if (s)
+		shadow_audit(s, a);
+	return 0;
+}
+
+int kage_engine_audit(struct kage_engine *e, struct kage_audit *audit)
+{
+	struct audit a = { .report = audit_line, .priv = audit };
+	int r;
+
+	if (!e || !audit)
+		return -EINVAL;
+	r = config_check(audit, sizeof(*audit), sizeof(*audit));
+	if (r)
+		return r;
+	lock_take(&e->merge.lock);
+	r = host_audit(&e->host, &a, audit_shadow);
+	lock_drop(&e->merge.lock);
+	if (r)
+		return r;
+	a.violations += atomic_load(&e->env.corruptions);
+	audit->checks = a.checks;
+	audit->violations = a.violations;
+	return a.violations ? -EUCLEAN : KAGE_OK;
+}

@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The engine as the public API knows it: everything below, put together.
+ */
+#ifndef KAGE_API_ENGINE_H
+#define KAGE_API_ENGINE_H
+
+#include <kage/engine.h>
+#include "merge/merge.h"
+#include "mm/mm.h"
+
+struct kage_engine {
+	struct env env;
+	struct pool *pool;
+	struct host host;
+	struct merge merge;
+	int event; /* eventfd: a step is due */
+	_Atomic uint64_t guests;
+};
+
+/* 0, -EINVAL or -E2BIG: see the rules of configs in kage/types.h. `known` is sizeof the struct, `least` its first version's. */
+int config_check(const void *config, size_t known, size_t least);
+/* Copies what the caller's struct has, zeroes the rest. */
+void config_copy(void *to, const void *config, size_t known);
+
+/* Something may wait for a step: makes kage_engine_fd() readable. */
+void engine_due(struct kage_engine *e);
+/* At the end of calls that release memory: too much is not left to a step that may never come. */
+void engine_settle(struct kage_engine *e);
+
+#endif

@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The public calls of kage/stats.h.
+ */
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <kage/stats.h>
+#include "api/engine.h"
+#include "api/vm.h"
+#include "obs/obs.h"
+#include "shadow/shadow.h"
+
+static void add_shadow(struct kage_vm *vm, struct kage_stats *s)
+{
+	struct shadow *shadow = atomic_load(&vm->shadow);
+
+	if (shadow)
+		shadow_stats(shadow, s);
+}
+
+static int add_shadow_of(struct mm *mm, void *arg)
+{
+	if (mm->owner)
+		add_shadow(mm->owner, arg);
+	return 0;
+}
+
+int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats *stats)
+{
+	struct kage_stats s = { 0 };
+	int r;
+
+	if (!e || !stats || (vm && vm->engine != e))
+		return -EINVAL;
+	r = config_check(stats, sizeof(s), sizeof(s));
+	if (r)
+		return r;
+	if (vm) {
+		obs_guest(&vm->mm, &s);
+		add_shadow(vm, &s);
+	} else {
+		obs_engine(&e->host, &e->merge, &s);
+		host_each_mm(&e->host, add_shadow_of, &s);
+	}
+	s.size = stats->size;
+	*stats = s;
+	return KAGE_OK;
+}
+
+int kage_page_map(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint8_t *map)
+{
+	if (!vm || !map || !len || (gpa | len) & (PAGE_SIZE - 1) || gpa >= (uint64_t)1 << KAGE_GPA_BITS ||
+	    len > ((uint64_t)1 << KAGE_GPA_BITS) - gpa)
+		return -EINVAL;
+	obs_page_map(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, map);
+	return KAGE_OK;
+}
+
+/* -- dumps: collected in memory first, written when no lock or read section is held ------------ */
+
+struct text {
+	struct env *env;
+	char *buf;
+	size_t len, room;
+};
+
+static int text_put(void *arg, const char *piece, size_t len)
+{
+	struct text *t = arg;
+
+	if (t->len + len > t->room) {
+		size_t room = MAX(2 * t->room, ALIGN_UP(t->len + len, PAGE_SIZE));
+		char *buf = env_alloc(t->env, room);
+
+		if (!buf)
+			return -ENOMEM;
+		if (t->len)
+			memcpy(buf, t->buf, t->len);
+		env_free(t->env, t->buf, t->room);
+		t->buf = buf;
+		t->room = room;
+	}
+	memcpy(t->buf + t->len, piece, len);
+	t->len += len;
+	return 0;
+}
+
+static int text_write(const struct text *t, int fd)
+{
+	for (size_t done = 0; done < t->len;) {
+		ssize_t n = write(fd, t->buf + done, t->len - done);
+
+		if (n < 0 && errno != EINTR)
+			return -errno;
+		if (n > 0)
+			done += n;
+	}
+	return 0;
+}
+
+static int dump_text(struct kage_vm *vm, enum kage_dump_what what, bool json, struct text *t)
+{
+	struct shadow *s = atomic_load(&vm->shadow);
+
+	switch (what) {
+	case KAGE_DUMP_PRIMARY:
+		return obs_dump_primary(&vm->mm, json, text_put, t);
+	case KAGE_DUMP_REGIONS:
+		return obs_dump_regions(&vm->mm, json, text_put, t);
+	case KAGE_DUMP_SHADOW:
+		return s ? shadow_dump(s, json, text_put, t) : -ENOENT;
+	case KAGE_DUMP_GUEST:
+		return s ? shadow_dump_guest(s, json, text_put, t) : -ENOENT;
+	}
+	return -EINVAL;
+}
+
+int kage_dump(struct kage_vm *vm, enum kage_dump_what what, enum kage_dump_format format, int fd)
+{
+	struct text t = { 0 };
+	int r;
+
+	if (!vm || format > KAGE_DUMP_JSON)
+		return -EINVAL;
+	t.env = &vm->engine->env;
+	r = dump_text(vm, what, format == KAGE_DUMP_JSON, &t);
+	if (r == 0)
+		r = text_write(&t, fd);
+	env_free(t.env, t.buf, t.room);
+	return r;
+}

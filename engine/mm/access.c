@@ -1,0 +1,334 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Guest memory from the VMM's side: read, write, pin.
+ *
+ * A read copies lock-free from whatever frame the table names (a grace period
+ * keeps it). A write makes the page exclusive, turns its reader section into a
+ * hold, so that every change that could take the frame or snapshot it waits,
+ * and copies. A pin counts on the frame, under the table lock that merging
+ * rechecks under, and is listed on the mm for clone, unmap and discard.
+ *
+ * Invariants:
+ *  X1  a thread that holds a reader section does nothing but copy.
+ *  X2  frame pins > 0 only on exclusive frames of ranges in mm->pins.
+ *
+ * Locks taken: mm->range for reading; mm->pin_lock; table locks.
+ */
+#include <sys/uio.h>
+
+#include "base/guest.h"
+
+#include "mm/region.h"
+#include "mm/table.h"
+
+/* -- read ------------------------------------------------------------------------- */
+
+/* A block of anonymous memory may never have been touched: then it is not ours to populate. */
+static bool is_hole(const struct mm *mm, const struct mm_lookup *l)
+{
+	uint64_t map[8];
+
+	if (l->level == 0 || l->entry & ENTRY_SPECIAL)
+		return false;
+	pool_populated(mm->host->pool, l->pfn, 1, map);
+	return !(map[0] & 1);
+}
+
+void mm_copy_page(const struct mm *mm, const struct mm_lookup *l, size_t offset, void *buf, size_t len)
+{
+	if (is_hole(mm, l))
+		memset(buf, 0, len);
+	else
+		guest_copy(buf, (const char *)pfn_hva(mm->host->pool, l->pfn) + offset, len);
+}
+
+/* Reads from a page without an entry: zeroes, the file, or what a pager fills in. */
+static int read_untouched(struct mm *mm, const struct region *reg, gfn_t gfn, size_t offset, void *buf, size_t len)
+{
+	if (reg->kind == KAGE_REGION_ANON) {
+		memset(buf, 0, len);
+		return KAGE_OK;
+	}
+	guest_copy(buf, (const char *)pfn_hva(mm->host->pool,
+					      extent_pfn(atomic_load(&((struct region *)reg)->extent), gfn)) + offset,
+		   len);
+	return KAGE_OK;
+}
+
+/* One page; KAGE_RETRY: it has to be faulted in first. */
+static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t len)
+{
+	const struct region *reg;
+	struct mm_lookup l;
+	int r = KAGE_OK;
+
+	rcu_enter();
+	reg = mm_region(mm, gfn);
+	l = mm_lookup(mm, gfn);
+	if (!reg || !(reg->prot & KAGE_READ))
+		r = KAGE_MMIO;
+	else if (entry_is_leaf(l.entry))
+		mm_copy_page(mm, &l, offset, buf, len);
+	else if (!entry_is_none(l.entry) || (reg->flags & KAGE_REGION_TRAP && reg->touch))
+		r = KAGE_RETRY;
+	else
+		r = read_untouched(mm, reg, gfn, offset, buf, len);
+	rcu_leave();
+	return r;
+}
+
+int mm_read(struct mm *mm, gpa_t gpa, void *buf, size_t len)
+{
+	char *to = buf;
+
+	while (len) {
+		size_t offset = gpa_offset(gpa), n = MIN(len, PAGE_SIZE - offset);
+		int r = read_page(mm, gpa_gfn(gpa), offset, to, n);
+
+		if (r == KAGE_RETRY) {
+			struct mm_fault f = { .gfn = gpa_gfn(gpa), .access = KAGE_READ };
+
+			r = mm_fault(mm, &f);
+			if (r == KAGE_OK || r == KAGE_RETRY)
+				continue;
+		}
+		if (r)
+			return r;
+		to += n;
+		gpa.v += n;
+		len -= n;
+	}
+	return KAGE_OK;
+}
+
+/* -- write ------------------------------------------------------------------------ */
+
+static int write_check(struct mm *mm, gpa_t gpa, size_t len)
+{
+	gfn_t gfn = gpa_gfn(gpa), last = GFN((gpa.v + len - 1) >> PAGE_SHIFT);
+	int r = KAGE_OK;
+
+	rcu_enter();
+	while (r == KAGE_OK && gfn.v <= last.v) {
+		const struct region *reg = mm_region(mm, gfn);
+
+		if (!reg || !(reg->prot & KAGE_WRITE))
+			r = KAGE_MMIO;
+		else
+			gfn = region_end(reg);
+	}
+	rcu_leave();
+	return r;
+}
+
+static int write_page(struct mm *mm, struct notify_reader *reader, gpa_t gpa, const void *buf, size_t len)
+{
+	struct mm_fault f = { .gfn = gpa_gfn(gpa), .access = KAGE_WRITE, .reader = reader };
+	int r;
+
+	notify_read_begin(reader, f.gfn, gfn_add(f.gfn, 1));
+	r = mm_fault(mm, &f);
+	if (r == KAGE_OK && !notify_read_hold(reader))
+		r = KAGE_RETRY;
+	if (r == KAGE_OK) {
+		/* again: a harvest may have come between the fault and the hold */
+		mm_mark_dirty(mm, f.gfn, 1);
+		guest_copy((char *)pfn_hva(mm->host->pool, f.pfn) + gpa_offset(gpa), buf, len);
+	}
+	notify_read_end(reader);
+	return r;
+}
+
+int mm_write(struct mm *mm, gpa_t gpa, const void *buf, size_t len,
+	     void (*written)(void *arg, gpa_t gpa, size_t len), void *arg)
+{
+	struct notify_reader reader;
+	const char *from = buf;
+	int r;
+
+	if (len == 0)
+		return KAGE_OK;
+	r = write_check(mm, gpa, len);
+	if (r)
+		return r;
+	r = notify_reader_attach(&mm->notify, &reader);
+	if (r)
+		return r;
+	while (r == 0 && len) {
+		size_t n = MIN(len, PAGE_SIZE - gpa_offset(gpa));
+
+		r = write_page(mm, &reader, gpa, from, n);
+		if (r == KAGE_RETRY) {
+			r = 0;
+			continue;
+		}
+		if (r)
+			break;
+		if (written)
+			written(arg, gpa, n);
+		from += n;
+		gpa.v += n;
+		len -= n;
+	}
+	notify_reader_detach(&reader);
+	return r;
+}
+
+/* -- pin --------------------------------------------------------------------------- */
+
+static struct pin *pin_find(struct mm *mm, gfn_t gfn, uint64_t npages)
+{
+	list_for_each(pos, &mm->pins) {
+		struct pin *p = container_of(pos, struct pin, node);
+
+		if (p->gfn.v == gfn.v && p->npages == npages)
+			return p;
+	}
+	return NULL;
+}
+
+/* Pins the frame of one page if the entry still makes it exclusive. */
+static int pin_page(struct mm *mm, gfn_t gfn, struct brlock_held held, pfn_t *out)
+{
+	struct mm_fault f = { .gfn = gfn, .unshare = true };
+	struct table_locked w;
+	struct mm_lookup l;
+	int r = mm_fault_held(mm, &f, held);
+
+	if (r)
+		return r;
+	w = table_lock(mm->family, 0, gfn);
+	rcu_enter();
+	l = mm_lookup(mm, gfn);
+	rcu_leave();
+	if (!entry_is_leaf(l.entry) || !l.writable || !pfn_eq(l.pfn, f.pfn))
+		r = KAGE_RETRY;
+	else
+		r = frame_pin(pfn_frame(mm->host->pool, l.pfn));
+	table_unlock(w);
+	*out = f.pfn;
+	return r;
+}
+
+static void unpin_pages(struct mm *mm, gfn_t gfn, uint64_t npages)
+{
+	for (uint64_t i = 0; i < npages; i++) {
+		struct mm_lookup l;
+
+		rcu_enter();
+		l = mm_lookup(mm, gfn_add(gfn, i));
+		rcu_leave();
+		frame_unpin(pfn_frame(mm->host->pool, l.pfn));
+	}
+}
+
+/* Adds a page to an iov whose last entry may grow. */
+static int iov_add(struct iovec *iov, unsigned *used, unsigned room, void *hva)
+{
+	if (*used && (char *)iov[*used - 1].iov_base + iov[*used - 1].iov_len == hva) {
+		iov[*used - 1].iov_len += PAGE_SIZE;
+		return 0;
+	}
+	if (*used == room)
+		return -ENOSPC;
+	iov[(*used)++] = (struct iovec){ .iov_base = hva, .iov_len = PAGE_SIZE };
+	return 0;
+}
+
+static int pin_check(struct mm *mm, gfn_t gfn, uint64_t npages)
+{
+	for (gfn_t at = gfn; at.v < gfn.v + npages;) {
+		const struct region *reg = mm_region(mm, at);
+
+		if (!reg || !(reg->prot & KAGE_WRITE))
+			return KAGE_MMIO;
+		at = region_end(reg);
+	}
+	return 0;
+}
+
+/* Pins page by page; undoes it all on failure. */
+static int pin_pages(struct mm *mm, gfn_t gfn, uint64_t npages, struct iovec *iov, unsigned *used, unsigned room,
+		     struct brlock_held held)
+{
+	uint64_t done = 0;
+	int r = 0;
+
+	while (r == 0 && done < npages) {
+		pfn_t pfn;
+
+		r = pin_page(mm, gfn_add(gfn, done), held, &pfn);
+		if (r == KAGE_RETRY) {
+			r = 0;
+			continue;
+		}
+		if (r)
+			break;
+		done++;
+		r = iov_add(iov, used, room, pfn_hva(mm->host->pool, pfn));
+	}
+	if (r)
+		unpin_pages(mm, gfn, done);
+	return r;
+}
+
+int mm_pin(struct mm *mm, gfn_t gfn, uint64_t npages, struct iovec *iov, unsigned *n)
+{
+	struct pin *fresh = env_alloc(mm->host->env, sizeof(*fresh)), *p;
+	struct brlock_held held;
+	unsigned used = 0;
+	int r;
+
+	if (!fresh)
+		return -ENOMEM;
+	*fresh = (struct pin){ .gfn = gfn, .npages = npages };
+	held = brlock_read(&mm->range);
+	r = pin_check(mm, gfn, npages);
+	if (r == 0)
+		r = pin_pages(mm, gfn, npages, iov, &used, *n, held);
+	if (r == 0) {
+		lock_take(&mm->pin_lock);
+		p = pin_find(mm, gfn, npages);
+		if (!p) {
+			SWAP(p, fresh);
+			list_add_tail(&mm->pins, &p->node);
+		}
+		p->count++;
+		lock_drop(&mm->pin_lock);
+		*n = used;
+	}
+	brlock_read_drop(&mm->range, held);
+	env_free(mm->host->env, fresh, sizeof(*fresh));
+	return r;
+}
+
+int mm_unpin(struct mm *mm, gfn_t gfn, uint64_t npages)
+{
+	struct brlock_held held = brlock_read(&mm->range);
+	struct pin *p, *gone = NULL;
+
+	lock_take(&mm->pin_lock);
+	p = pin_find(mm, gfn, npages);
+	if (p && --p->count == 0) {
+		list_del(&p->node);
+		gone = p;
+	}
+	lock_drop(&mm->pin_lock);
+	if (p)
+		unpin_pages(mm, gfn, npages);
+	brlock_read_drop(&mm->range, held);
+	env_free(mm->host->env, gone, sizeof(*gone));
+	return p ? KAGE_OK : -ENOENT;
+}
+
+int mm_each_pin(struct mm *mm, int (*fn)(struct mm *mm, gfn_t gfn, uint64_t npages, void *arg), void *arg)
+{
+	list_for_each(pos, &mm->pins) {
+		struct pin *p = container_of(pos, struct pin, node);
+		int r = fn(mm, p->gfn, p->npages, arg);
+
+		if (r)
+			return r;
+	}
+	return 0;
+}

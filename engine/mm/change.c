@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The change funnel. See change.h for the phases.
+ *
+ * Invariants:
+ *  C1  commit runs between the start and the end of every target, under the
+ *      locks that ops->lock takes (or the caller holds).
+ *  C2  a frame goes to the pool's pending list only after the end: readers of
+ *      secondary MMUs may use it until then, lock-free readers until the grace
+ *      period is over.
+ *  C3  every start that succeeded gets its end, also on error.
+ */
+#include "mm/change.h"
+
+static int change_start(struct change *c)
+{
+	for (unsigned i = 0; i < c->targets; i++) {
+		struct change_target *t = &c->target[i];
+		int r;
+
+		t->notify.reason = c->reason;
+		t->notify.flags = c->flags | KAGE_RANGE_BLOCKABLE;
+		t->notify.lost = c->lost ? c->lost : KAGE_RWX;
+		t->notify.owner = c->owner;
+		t->notify.self = i == 0 ? c->self : NULL;
+		trace(t->mm->host->env, change_start, t->mm->id, t->notify.start.v, c->reason);
+		r = notify_start(&t->mm->notify, &t->notify);
+		if (r == 0)
+			continue;
+		trace(t->mm->host->env, change_abandon, t->mm->id, t->notify.start.v, -r);
+		while (i-- > 0)
+			notify_end(&c->target[i].mm->notify, &c->target[i].notify);
+		return r;
+	}
+	return 0;
+}
+
+static void change_end(struct change *c)
+{
+	for (unsigned i = c->targets; i-- > 0;) {
+		struct change_target *t = &c->target[i];
+
+		notify_end(&t->mm->notify, &t->notify);
+		trace(t->mm->host->env, change_end, t->mm->id, t->notify.start.v, c->reason);
+	}
+}
+
+static int change_commit(struct change *c)
+{
+	int r = c->ops->inspect ? c->ops->inspect(c) : 0;
+
+	if (r)
+		return r;
+	if (c->ops->lock)
+		c->ops->lock(c);
+	if (c->ops->recheck)
+		r = c->ops->recheck(c);
+	if (r == 0) {
+		c->ops->commit(c);
+		for (unsigned i = 0; i < c->targets; i++)
+			trace(c->target[i].mm->host->env, change_commit, c->target[i].mm->id,
+			      c->target[i].notify.start.v, c->reason);
+	}
+	if (c->ops->unlock)
+		c->ops->unlock(c);
+	return r;
+}
+
+int change_run(struct change *c)
+{
+	int r = c->ops->prepare ? c->ops->prepare(c) : 0;
+
+	if (r == 0)
+		r = change_start(c);
+	if (r == 0) {
+		mm_count(c->target[0].mm, changes);
+		r = change_commit(c);
+		change_end(c);
+		dead_release(c->target[0].mm->host->pool, &c->dead);
+		if (r == -EAGAIN)
+			mm_count(c->target[0].mm, changes_raced);
+	}
+	if (r && c->ops->cancel)
+		c->ops->cancel(c);
+	return r;
+}

@@ -1,0 +1,405 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The one fault path of the primary MMU: first touch, COW break, reuse.
+ *
+ *   lookup ── leaf, access allowed ─────────────────────────────► done
+ *     │         └─ leaf, write, no effective W ─► fault_write: own the path, then
+ *     │               exclusive        set W (no secondary MMU caches a W here)
+ *     │               block            split, again
+ *     │               shared           cow_break through the change funnel
+ *     └─ none ─► fault_fill: home block, home page, arena page, device page
+ *
+ * Invariants:
+ *  A1  mm->range is held for reading from walk to commit: no clone, no change of
+ *      regions, no destroy in between. So an effective W stays, and exclusive
+ *      tables stay where they are.
+ *  A2  the source of a COW break does not change while it is copied: our entry
+ *      maps it without W and keeps its reference; only this guest could find it
+ *      exclusive and set W, and then the recheck sees another entry.
+ *
+ *      vCPU 1 (break)                     vCPU 2 (same guest, same page)
+ *      copies from f
+ *                                         the other sharer is gone: refs == 1,
+ *                                         sets W in the entry, writes to f
+ *      lock; entry != old: -EAGAIN
+ *      drops its copy, looks again
+ *
+ * Locks taken: mm->range for reading, table locks, those of the funnel.
+ */
+#include "base/guest.h"
+#include "mm/change.h"
+#include "mm/region.h"
+#include "mm/layer.h"
+#include "mm/stable.h"
+
+/* Inner outcome: look again. Never leaves this file. */
+#define FAULT_AGAIN 1000
+
+static int frame_alloc(struct mm *mm, gfn_t gfn, unsigned flags, pfn_t *out)
+{
+	struct pool *pool = mm->host->pool;
+	int r = arena_alloc(pool, mm->domain, 0, FRAME_PRIVATE, flags, out);
+
+	if (r == -ENOMEM && pool_reap(pool) > 0)
+		r = arena_alloc(pool, mm->domain, 0, FRAME_PRIVATE, flags, out);
+	if (r)
+		return r;
+	if (!READ_ONCE(mm->layer->used))
+		WRITE_ONCE(mm->layer->used, true);
+	atomic_store_explicit(&pfn_frame(pool, *out)->where, frame_where(mm->layer->id, gfn), memory_order_relaxed);
+	return 0;
+}
+
+/* -- COW break ----------------------------------------------------------------- */
+
+struct cow {
+	struct change c;
+	struct change_target target;
+	gfn_t gfn;
+	entry_t *slot;
+	entry_t old;
+	pfn_t copy;
+	struct table_locked lock;
+};
+
+static int cow_prepare(struct change *c)
+{
+	struct cow *w = container_of(c, struct cow, c);
+	struct mm *mm = w->target.mm;
+	struct pool *pool = mm->host->pool;
+	pfn_t from = entry_pfn(w->old);
+	bool hole = pfn_is_zero(from);
+	pfn_t copy;
+	int r = frame_alloc(mm, w->gfn, hole ? ARENA_ZERO : 0, &copy);
+
+	if (r)
+		return r;
+	w->copy = copy;
+	if (!hole)
+		guest_copy(pfn_hva(pool, copy), pfn_hva(pool, from), PAGE_SIZE);
+	return 0;
+}
+
+static void cow_lock(struct change *c)
+{
+	struct cow *w = container_of(c, struct cow, c);
+
+	w->lock = table_lock(w->target.mm->family, 0, w->gfn);
+}
+
+static void cow_unlock(struct change *c)
+{
+	table_unlock(container_of(c, struct cow, c)->lock);
+}
+
+static int cow_recheck(struct change *c)
+{
+	struct cow *w = container_of(c, struct cow, c);
+
+	return entry_load(w->slot) == w->old ? 0 : -EAGAIN;
+}
+
+static void cow_commit(struct change *c)
+{
+	struct cow *w = container_of(c, struct cow, c);
+	struct host *h = w->target.mm->host;
+
+	entry_store(w->slot, entry_leaf(w->copy, ENTRY_W));
+	if (!(w->old & ENTRY_SPECIAL))
+		frame_drop(h, entry_pfn(w->old), &c->dead);
+}
+
+static void cow_cancel(struct change *c)
+{
+	struct cow *w = container_of(c, struct cow, c);
+
+	if (!pfn_is_none(w->copy))
+		arena_free(w->target.mm->host->pool, w->copy);
+}
+
+static const struct change_ops cow_ops = {
+	.prepare = cow_prepare, .lock = cow_lock, .recheck = cow_recheck,
+	.commit = cow_commit, .unlock = cow_unlock, .cancel = cow_cancel,
+};
+
+static int cow_break(struct mm *mm, struct mm_fault *f, struct cursor *c)
+{
+	struct cow w = {
+		.c = { .ops = &cow_ops, .targets = 1, .reason = KAGE_REASON_CLEAR,
+		       .flags = KAGE_RANGE_SAME_CONTENT, .owner = f->owner, .self = f->reader },
+		.target = { .mm = mm, .notify = { .start = f->gfn, .end = gfn_add(f->gfn, 1) } },
+		.gfn = f->gfn, .slot = c->slot, .old = c->entry, .copy = PFN_NONE,
+	};
+	int r;
+
+	w.c.target = &w.target;
+	r = change_run(&w.c);
+	if (r == -EAGAIN)
+		return FAULT_AGAIN;
+	if (r)
+		return r;
+	if (!(f->access & KAGE_WRITE))
+		mm_mark_changed(mm, f->gfn, 1); /* as it was, but in a frame that merging has not seen */
+	mm_count(mm, cow_breaks);
+	trace(mm->host->env, cow_break, mm->id, f->gfn.v, 0);
+	f->pfn = w.copy;
+	f->level = 0;
+	return KAGE_OK;
+}
+
+/* -- a write, or a claim to exclusive use, to an entry without effective W ----------- */
+
+static bool leaf_reusable(struct mm *mm, entry_t e, unsigned level, gfn_t gfn, const struct region *reg)
+{
+	if (e & ENTRY_SPECIAL)
+		return reg->kind == KAGE_REGION_FOREIGN;
+	if (level == 0)
+		return frame_exclusive(mm->host, entry_pfn(e));
+	return level == 1 && block_exclusive(mm, entry_pfn(e), gfn);
+}
+
+/* The path above is exclusive: if what the entry maps is so too, W says so from now on. */
+static int fault_reuse(struct mm *mm, struct mm_fault *f, const struct region *reg, struct cursor *c)
+{
+	struct table_locked w = table_lock(mm->family, c->level, f->gfn);
+	entry_t e = entry_load(c->slot);
+	int r = FAULT_AGAIN;
+
+	if (e == c->entry && leaf_reusable(mm, e, c->level, f->gfn, reg)) {
+		entry_store(c->slot, e | ENTRY_W);
+		r = KAGE_OK;
+	} else if (e == c->entry) {
+		r = KAGE_RETRY; /* shared */
+	}
+	table_unlock(w);
+	if (r == KAGE_OK) {
+		f->pfn = pfn_add(entry_pfn(e), f->gfn.v & (level_pages(c->level) - 1));
+		f->level = c->level;
+		mm_count(mm, cow_reused);
+		trace(mm->host->env, cow_reuse, mm->id, f->gfn.v, 0);
+	}
+	return r;
+}
+
+static int fault_write(struct mm *mm, struct mm_fault *f, const struct region *reg)
+{
+	struct cursor c;
+	int r = table_own(mm, f->gfn, 0, false, &c);
+
+	if (r)
+		return r;
+	if (!entry_is_leaf(c.entry))
+		return FAULT_AGAIN;
+	if (c.entry & ENTRY_W) { /* another thread was faster, or the path was all that was shared */
+		f->pfn = pfn_add(entry_pfn(c.entry), f->gfn.v & (level_pages(c.level) - 1));
+		f->level = c.level;
+		return KAGE_OK;
+	}
+	r = fault_reuse(mm, f, reg, &c);
+	if (r != KAGE_RETRY)
+		return r;
+	if (c.level == 0)
+		return cow_break(mm, f, &c);
+	r = table_split(mm, c.slot, c.level, GFN(ALIGN_DOWN(f->gfn.v, level_pages(c.level))));
+	return r ? r : FAULT_AGAIN;
+}
+
+/* -- first touch ----------------------------------------------------------------------- */
+
+/* Entries of this level may map the neighbourhood of gfn: inside the region, lined up with its extent. */
+static bool level_fits(struct mm *mm, const struct region *r, gfn_t gfn, unsigned level)
+{
+	uint64_t n = level_pages(level);
+	uint64_t first = ALIGN_DOWN(gfn.v, n);
+	struct extent *e = load_acquire(&((struct region *)r)->extent);
+
+	if (level == 0)
+		return true;
+	if (r->flags & (KAGE_REGION_NOHUGE | KAGE_REGION_TRAP) || first < r->start.v ||
+	    first + n > region_end(r).v || level > root_level(atomic_load(&mm->root)))
+		return false;
+	if (r->kind == KAGE_REGION_ANON && mm->host->limited)
+		return false;
+	if (!e)
+		return true; /* a home that is yet to come will line up */
+	return (extent_pfn(e, GFN(first)).v & (n - 1)) == 0 && first >= e->gfn.v &&
+	       first + n <= e->gfn.v + e->npages;
+}
+
+/* Puts an entry into an empty slot. FAULT_AGAIN: it is not empty (any more), or this home is taken. */
+static int fill_home(struct mm *mm, struct mm_fault *f, const struct region *reg, struct cursor *c)
+{
+	gfn_t first = GFN(ALIGN_DOWN(f->gfn.v, level_pages(c->level)));
+	struct extent *e = region_home(mm, reg);
+	struct table_locked w;
+	pfn_t pfn;
+	int r = e ? pool_charge(mm->host->pool, level_pages(c->level), 0) : -ENOMEM;
+
+	if (r)
+		return r;
+	pfn = extent_pfn(e, first);
+	r = FAULT_AGAIN;
+	w = table_lock(mm->family, c->level, first);
+	if (entry_is_none(entry_load(c->slot)) && home_claim(mm->host, e, pfn, c->level)) {
+		entry_store(c->slot, entry_leaf(pfn, ENTRY_W));
+		r = KAGE_OK;
+	}
+	table_unlock(w);
+	if (r)
+		pool_uncharge(mm->host->pool, level_pages(c->level));
+	f->pfn = pfn_add(pfn, f->gfn.v - first.v);
+	f->level = c->level;
+	return r;
+}
+
+/* The common arena: trapped first touches, and slots whose home is gone. */
+static int fill_arena(struct mm *mm, struct mm_fault *f, const struct region *reg, struct cursor *c)
+{
+	struct pool *pool = mm->host->pool;
+	struct table_locked w;
+	pfn_t pfn;
+	int r = frame_alloc(mm, f->gfn, ARENA_ZERO, &pfn);
+
+	if (r)
+		return r;
+	if (reg->flags & KAGE_REGION_TRAP && reg->touch) {
+		r = reg->touch(reg->opaque, gfn_gpa(f->gfn).v, pfn_hva(pool, pfn));
+		if (r > 0 && r != KAGE_WAIT)
+			r = -EIO;
+		if (r)
+			goto free;
+	}
+	r = FAULT_AGAIN;
+	w = table_lock(mm->family, 0, f->gfn);
+	if (entry_is_none(entry_load(c->slot))) {
+		entry_store(c->slot, entry_leaf(pfn, ENTRY_W));
+		r = KAGE_OK;
+	}
+	table_unlock(w);
+	if (r == KAGE_OK) {
+		f->pfn = pfn;
+		f->level = 0;
+		return r;
+	}
+free:
+	arena_free(pool, pfn);
+	return r;
+}
+
+static int fill_device(struct mm *mm, struct mm_fault *f, const struct region *reg, struct cursor *c)
+{
+	gfn_t first = GFN(ALIGN_DOWN(f->gfn.v, level_pages(c->level)));
+	entry_t w = reg->kind == KAGE_REGION_FOREIGN ? ENTRY_W : 0;
+	pfn_t pfn = extent_pfn(atomic_load(&((struct region *)reg)->extent), first);
+	struct table_locked lock = table_lock(mm->family, c->level, first);
+	int r = FAULT_AGAIN;
+
+	if (entry_is_none(entry_load(c->slot))) {
+		entry_store(c->slot, entry_leaf(pfn, ENTRY_SPECIAL | w));
+		r = KAGE_OK;
+	}
+	table_unlock(lock);
+	f->pfn = pfn_add(pfn, f->gfn.v - first.v);
+	f->level = c->level;
+	return r;
+}
+
+static int fault_fill(struct mm *mm, struct mm_fault *f, const struct region *reg)
+{
+	bool device = reg->kind != KAGE_REGION_ANON;
+
+	for (unsigned level = 3; level-- > 0;) {
+		struct cursor c;
+		int r;
+
+		if (!level_fits(mm, reg, f->gfn, level))
+			continue;
+		r = table_own(mm, f->gfn, level, true, &c);
+		if (r)
+			return r;
+		if (c.level != level || entry_is_leaf(c.entry))
+			return FAULT_AGAIN; /* filled meanwhile */
+		if (!entry_is_none(c.entry))
+			continue;
+		if (device)
+			r = fill_device(mm, f, reg, &c);
+		else if (reg->flags & KAGE_REGION_TRAP)
+			r = fill_arena(mm, f, reg, &c);
+		else
+			r = fill_home(mm, f, reg, &c);
+		if (r == FAULT_AGAIN && !device && level == 0 && !(reg->flags & KAGE_REGION_TRAP))
+			r = fill_arena(mm, f, reg, &c);
+		if (level == 0 || (r != FAULT_AGAIN && r != -ENOMEM))
+			return r;
+	}
+	return FAULT_AGAIN;
+}
+
+/* -- entry ------------------------------------------------------------------------------- */
+
+static int fault_finish(struct mm *mm, struct mm_fault *f, const struct region *reg, bool writable)
+{
+	f->prot = reg->prot;
+	if (!writable)
+		f->prot &= ~(uint32_t)KAGE_WRITE;
+	f->foreign = reg->kind == KAGE_REGION_FOREIGN;
+	f->zero = pfn_is_zero(f->pfn);
+	if (f->access & KAGE_WRITE)
+		mm_mark_dirty(mm, f->gfn, 1);
+	return KAGE_OK;
+}
+
+static int fault_once(struct mm *mm, struct mm_fault *f, const struct region *reg)
+{
+	bool exclusive = f->access & KAGE_WRITE || f->unshare;
+	struct mm_lookup l;
+	int r;
+
+	rcu_enter();
+	l = mm_lookup(mm, f->gfn);
+	rcu_leave();
+	if (entry_state(l.entry) == ENTRY_POISON)
+		return -EFAULT;
+	if (entry_is_leaf(l.entry) && (l.writable || !exclusive)) {
+		f->pfn = l.pfn;
+		f->level = l.level;
+		mm_count(mm, faults_spurious);
+		return fault_finish(mm, f, reg, l.writable);
+	}
+	if (entry_is_leaf(l.entry))
+		r = fault_write(mm, f, reg);
+	else
+		r = fault_fill(mm, f, reg);
+	if (r != KAGE_OK)
+		return r;
+	if (exclusive && entry_is_none(l.entry) && reg->kind == KAGE_REGION_FILE)
+		return FAULT_AGAIN; /* filled with the file's page: now break that */
+	return fault_finish(mm, f, reg, exclusive || reg->kind != KAGE_REGION_FILE);
+}
+
+int mm_fault_held(struct mm *mm, struct mm_fault *f, struct brlock_held held)
+{
+	const struct region *reg = mm_region(mm, f->gfn);
+	int r;
+
+	mm_count(mm, faults);
+	trace(mm->host->env, fault, mm->id, f->gfn.v, f->access);
+	if (!reg || (f->access & KAGE_RWX) & ~reg->prot) {
+		r = KAGE_MMIO;
+	} else {
+		do
+			r = fault_once(mm, f, reg);
+		while (r == FAULT_AGAIN);
+	}
+	trace(mm->host->env, fault_done, mm->id, f->gfn.v, r);
+	return r;
+}
+
+int mm_fault(struct mm *mm, struct mm_fault *f)
+{
+	struct brlock_held held = brlock_read(&mm->range);
+	int r = mm_fault_held(mm, f, held);
+
+	brlock_read_drop(&mm->range, held);
+	return r;
+}

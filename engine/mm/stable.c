@@ -1,0 +1,242 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Table and chains of stable frames. See stable.h.
+ */
+#include "mm/stable.h"
+#include "mm/table.h"
+#include <stdlib.h>
+
+struct stable_table {
+	uint64_t buckets; /* power of two */
+	uint64_t count;
+	struct stable **bucket;
+};
+
+#define BUCKETS_MIN 256
+
+int stable_init(struct host *h)
+{
+	struct stable_table *t = env_alloc(h->env, sizeof(*t));
+
+	if (!t)
+		return -ENOMEM;
+	t->buckets = BUCKETS_MIN;
+	t->bucket = env_alloc(h->env, t->buckets * sizeof(*t->bucket));
+	if (!t->bucket) {
+		env_free(h->env, t, sizeof(*t));
+		return -ENOMEM;
+	}
+	h->stable_table = t;
+	return 0;
+}
+
+void stable_finish(struct host *h)
+{
+	struct stable_table *t = h->stable_table;
+
+	if (!t)
+		return;
+	env_free(h->env, t->bucket, t->buckets * sizeof(*t->bucket));
+	env_free(h->env, t, sizeof(*t));
+	h->stable_table = NULL;
+}
+
+static struct stable **bucket_of(struct stable_table *t, uint32_t domain, uint64_t hash)
+{
+	return &t->bucket[(hash ^ (uint64_t)domain * 0x9e3779b97f4a7c15u) & (t->buckets - 1)];
+}
+
+/* Doubles the table when it is full; without memory it just gets slower. */
+static void table_resize(struct host *h, struct stable_table *t)
+{
+	struct stable **old = t->bucket;
+	uint64_t n = t->buckets;
+	struct stable **bucket = env_alloc(h->env, 2 * n * sizeof(*bucket));
+
+	if (!bucket)
+		return;
+	t->bucket = bucket;
+	t->buckets = 2 * n;
+	for (uint64_t i = 0; i < n; i++) {
+		for (struct stable *s = old[i], *next; s; s = next) {
+			struct stable **b = bucket_of(t, s->domain, s->hash);
+
+			next = s->next;
+			s->next = *b;
+			*b = s;
+		}
+	}
+	env_free(h->env, old, n * sizeof(*old));
+}
+
+struct stable *stable_alloc(struct host *h, uint32_t domain, uint64_t hash)
+{
+	struct stable *s = env_alloc(h->env, sizeof(*s));
+
+	if (!s)
+		return NULL;
+	s->domain = domain;
+	s->hash = hash;
+	if (stable_reserve(h, s, 2)) {
+		env_free(h->env, s, sizeof(*s));
+		return NULL;
+	}
+	return s;
+}
+
+void stable_free(struct host *h, struct stable *s)
+{
+	if (!s)
+		return;
+	env_free(h->env, s->chain, s->room * sizeof(*s->chain));
+	env_free(h->env, s, sizeof(*s));
+}
+
+int stable_reserve(struct host *h, struct stable *s, unsigned n)
+{
+	uint32_t room = s->room ? s->room : 4;
+	uint64_t *chain, *old;
+
+	if (s->count + n <= s->room)
+		return 0;
+	while (room < s->count + n)
+		room *= 2;
+	chain = env_alloc(h->env, room * sizeof(*chain));
+	if (!chain)
+		return -ENOMEM;
+	lock_take(&h->stable);
+	old = s->chain;
+	if (old)
+		memcpy(chain, old, s->count * sizeof(*chain));
+	s->chain = chain;
+	SWAP(room, s->room);
+	lock_drop(&h->stable);
+	env_free(h->env, old, room * sizeof(*old));
+	return 0;
+}
+
+void stable_publish(struct host *h, struct stable *s, pfn_t pfn)
+{
+	struct stable_table *t = h->stable_table;
+	struct frame *f = pfn_frame(h->pool, pfn);
+	struct stable **b;
+
+	s->pfn = pfn;
+	lock_take(&h->stable);
+	if (frame_kind(f) == FRAME_HOME)
+		atomic_fetch_or_explicit(&f->bits, FRAME_WAS_HOME, memory_order_relaxed);
+	frame_set_kind(f, FRAME_STABLE, 0);
+	atomic_store_explicit(&f->where, (uintptr_t)s, memory_order_release);
+	if (t->count >= t->buckets)
+		table_resize(h, t);
+	b = bucket_of(t, s->domain, s->hash);
+	s->next = *b;
+	*b = s;
+	t->count++;
+	atomic_fetch_add_explicit(&h->stable_frames, 1, memory_order_relaxed);
+	lock_drop(&h->stable);
+}
+
+void stable_chain(struct host *h, struct stable *s, uint64_t where)
+{
+	lock_take(&h->stable);
+	kage_assert(s->count < s->room);
+	s->chain[s->count++] = where;
+	lock_drop(&h->stable);
+}
+
+static bool frame_get_unless_zero(struct frame *f)
+{
+	uint32_t refs = atomic_load_explicit(&f->refs, memory_order_relaxed);
+
+	do {
+		if (refs == 0)
+			return false;
+	} while (!atomic_compare_exchange_weak_explicit(&f->refs, &refs, refs + 1, memory_order_acquire,
+							memory_order_relaxed));
+	return true;
+}
+
+struct stable *stable_get(struct host *h, uint32_t domain, uint64_t hash, unsigned skip)
+{
+	struct stable *s;
+
+	lock_take(&h->stable);
+	for (s = *bucket_of(h->stable_table, domain, hash); s; s = s->next)
+		if (s->hash == hash && s->domain == domain && skip-- == 0)
+			break;
+	if (s && !frame_get_unless_zero(pfn_frame(h->pool, s->pfn)))
+		s = NULL; /* dying: it leaves the table as soon as we drop the lock */
+	lock_drop(&h->stable);
+	return s;
+}
+
+void stable_put(struct host *h, struct stable *s)
+{
+	struct frame *f = pfn_frame(h->pool, s->pfn);
+	pfn_t pfn = s->pfn;
+
+	if (atomic_fetch_sub_explicit(&f->refs, 1, memory_order_acq_rel) != 1)
+		return;
+	stable_die(h, pfn);
+	pool_release(h->pool, pfn, 0);
+}
+
+static void stable_reclaim(struct defer_node *node, void *arg)
+{
+	stable_free(arg, container_of(node, struct stable, defer));
+}
+
+void stable_die(struct host *h, pfn_t pfn)
+{
+	struct stable *s = frame_stable(h->pool, pfn);
+	struct stable **at;
+
+	lock_take(&h->stable);
+	for (at = bucket_of(h->stable_table, s->domain, s->hash); *at != s; at = &(*at)->next)
+		;
+	*at = s->next;
+	h->stable_table->count--;
+	atomic_fetch_sub_explicit(&h->stable_frames, 1, memory_order_relaxed);
+	lock_drop(&h->stable);
+	defer_add(&h->env->defer, &s->defer, stable_reclaim, h);
+}
+
+void stable_each(struct host *h, void (*fn)(struct stable *s, void *arg), void *arg)
+{
+	struct stable_table *t = h->stable_table;
+
+	lock_take(&h->stable);
+	for (uint64_t i = 0; i < t->buckets; i++)
+		for (struct stable *s = t->bucket[i]; s; s = s->next)
+			fn(s, arg);
+	lock_drop(&h->stable);
+}
+
+static int where_order(const void *a, const void *b)
+{
+	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+
+	return (x > y) - (x < y);
+}
+
+void stable_prune(struct host *h, struct stable *s, bool (*keep)(struct host *h, uint64_t where, pfn_t pfn))
+{
+	uint64_t *copy = env_alloc(h->env, s->room * sizeof(*copy));
+	uint32_t n = 0, room = s->room;
+	uint64_t *old;
+
+	if (!copy)
+		return;
+	memcpy(copy, s->chain, s->count * sizeof(*copy)); /* only merging changes a chain, and this is merging */
+	qsort(copy, s->count, sizeof(*copy), where_order);
+	for (uint32_t i = 0; i < s->count; i++)
+		if ((n == 0 || copy[n - 1] != copy[i]) && keep(h, copy[i], s->pfn))
+			copy[n++] = copy[i];
+	lock_take(&h->stable);
+	old = s->chain;
+	s->chain = copy;
+	s->count = n;
+	lock_drop(&h->stable);
+	env_free(h->env, old, room * sizeof(*old));
+}

@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * How each page of a guest is held.
+ *
+ * A page is private if nobody else's entry maps its frame: effective W says so
+ * at once; without W (a clone that has ended, say) the references along the path
+ * are looked at. Read without locks: the answer is true for some instant of the
+ * call, page by page.
+ */
+#include "mm/region.h"
+#include "mm/table.h"
+#include "obs/obs.h"
+
+/* Some table on the path to gfn is shared. Inside a read section. */
+static bool path_shared(const struct mm *mm, gfn_t gfn)
+{
+	const struct pool *pool = mm->host->pool;
+	entry_t e = entry_load((const entry_t *)&mm->root);
+	unsigned level = root_level(e) + 1;
+
+	while (entry_is_table(e)) {
+		if (READ_ONCE(pfn_frame(pool, entry_pfn(e))->refs) > 1)
+			return true;
+		level--;
+		e = entry_load(table_entries(pool, entry_pfn(e)) + level_index(gfn, level));
+	}
+	return false;
+}
+
+static bool leaf_private(const struct mm *mm, const struct mm_lookup *l, gfn_t gfn)
+{
+	const struct pool *pool = mm->host->pool;
+
+	if (l->writable)
+		return true;
+	if (path_shared(mm, gfn))
+		return false;
+	if (l->level == 0)
+		return frame_exclusive(mm->host, l->pfn);
+	return (l->level == 1 ? pfn_block(pool, entry_pfn(l->entry))->refs :
+				pfn_block(pool, entry_pfn(l->entry))->giant) == 1;
+}
+
+static uint8_t leaf_class(struct mm *mm, const struct mm_lookup *l, gfn_t gfn, const struct region *reg)
+{
+	enum frame_kind kind;
+
+	if (l->entry & ENTRY_SPECIAL)
+		return pfn_is_zero(l->pfn) ? KAGE_PAGE_ZERO : KAGE_PAGE_DEVICE;
+	kind = frame_kind(pfn_frame(mm->host->pool, l->pfn));
+	if (kind == FRAME_STABLE)
+		return KAGE_PAGE_MERGED;
+	if (!leaf_private(mm, l, gfn))
+		return KAGE_PAGE_CLONE;
+	return kind == FRAME_HOME ? KAGE_PAGE_HOME : KAGE_PAGE_PRIVATE;
+}
+
+/* What is known of one 2 MiB of pfn space: which pages hold memory. */
+struct holes {
+	pfn_t base; /* PFN_NONE: nothing yet */
+	uint64_t populated[8];
+};
+
+/* Home pages that were never touched are not held at all, whatever maps them. */
+static void mark_holes(struct mm *mm, struct holes *h, pfn_t pfn, uint64_t n, uint8_t *map)
+{
+	pfn_t base = PFN(ALIGN_DOWN(pfn.v, BLOCK_PAGES));
+
+	if (!pfn_eq(base, h->base)) {
+		pool_populated(mm->host->pool, base, BLOCK_PAGES, h->populated);
+		h->base = base;
+	}
+	for (uint64_t i = 0; i < n; i++) {
+		uint64_t at = pfn.v - base.v + i;
+
+		if (!(h->populated[at / 64] >> (at % 64) & 1))
+			map[i] = KAGE_PAGE_UNTOUCHED;
+	}
+}
+
+/* Classifies pages from gfn on that one entry, or one gap, covers; at most n and at most a block. Returns how many. */
+static uint64_t classify_run(struct mm *mm, gfn_t gfn, uint64_t n, struct holes *h, uint8_t *map)
+{
+	const struct region *reg = mm_region(mm, gfn);
+	struct mm_lookup l = mm_lookup(mm, gfn);
+	uint64_t span = level_pages(MIN(l.level, 1u));
+	uint64_t run = reg ? MIN(region_end(reg).v - gfn.v, span - gfn.v % span) : 1;
+	uint8_t class = KAGE_PAGE_NONE;
+
+	run = MIN(run, n);
+	if (reg && entry_is_leaf(l.entry))
+		class = leaf_class(mm, &l, gfn, reg);
+	else if (reg)
+		class = entry_state(l.entry) == ENTRY_POISON ? KAGE_PAGE_POISON : KAGE_PAGE_UNTOUCHED;
+	memset(map, class, run);
+	if (entry_is_leaf(l.entry) && !(l.entry & ENTRY_SPECIAL) &&
+	    frame_kind(pfn_frame(mm->host->pool, l.pfn)) == FRAME_HOME)
+		mark_holes(mm, h, l.pfn, run, map);
+	return run;
+}
+
+void obs_page_map(struct mm *mm, gfn_t gfn, uint64_t npages, uint8_t *map)
+{
+	struct holes h = { .base = PFN_NONE };
+
+	while (npages) {
+		uint64_t run;
+
+		rcu_enter();
+		run = classify_run(mm, gfn, npages, &h, map);
+		rcu_leave();
+		gfn = gfn_add(gfn, run);
+		map += run;
+		npages -= run;
+	}
+}

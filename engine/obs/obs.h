@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Figures and pictures: counters, classes of pages, dumps. Reads everything,
+ * changes nothing.
+ */
+#ifndef KAGE_OBS_OBS_H
+#define KAGE_OBS_OBS_H
+
+#include <kage/stats.h>
+#include "merge/merge.h"
+#include "mm/mm.h"
+
+/* Counters of one guest. Its family is read-locked inside. */
+void obs_guest(struct mm *mm, struct kage_stats *out);
+/* Of the whole engine: sums over the guests, and the pool. */
+void obs_engine(struct host *h, struct merge *m, struct kage_stats *out);
+/* One byte (enum kage_page_class) a page. */
+void obs_page_map(struct mm *mm, gfn_t gfn, uint64_t npages, uint8_t *map);
+
+/* Text or JSON of a guest's primary table or regions, through put(). */
+int obs_dump_primary(struct mm *mm, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg);
+int obs_dump_regions(struct mm *mm, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg);
+
+#endif

@@ -1,0 +1,172 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Counters. Events are counted where they happen (mm_count); what is held is
+ * counted here, by classifying every page of every region.
+ */
+#include "mm/region.h"
+#include "mm/stable.h"
+#include "obs/obs.h"
+
+static void add_counters(const struct mm_counters *c, struct kage_stats *out)
+{
+#define X(name) out->name += atomic_load_explicit(&c->name, memory_order_relaxed);
+	X(faults) X(faults_spurious) X(faults_retried) X(cow_breaks) X(cow_reused) X(tables_unshared)
+	X(blocks_split) X(changes) X(changes_raced) X(clones) X(pages_discarded) X(ksm_merges) X(ksm_unmerges)
+#undef X
+}
+
+static void add_notify(const struct notify *n, struct kage_stats *out)
+{
+	out->faults_retried += READ_ONCE(n->retried);
+	out->retries_spurious += READ_ONCE(n->spurious);
+}
+
+static void add_class(struct kage_stats *out, uint8_t class)
+{
+	switch ((enum kage_page_class)class) {
+	case KAGE_PAGE_HOME:
+	case KAGE_PAGE_PRIVATE:
+	case KAGE_PAGE_DEVICE:
+		out->pages_private++;
+		break;
+	case KAGE_PAGE_CLONE:
+		out->pages_shared_clone++;
+		break;
+	case KAGE_PAGE_MERGED:
+		out->pages_shared_merge++;
+		break;
+	case KAGE_PAGE_ZERO:
+		out->pages_zero++;
+		break;
+	case KAGE_PAGE_UNTOUCHED:
+		out->pages_untouched++;
+		break;
+	case KAGE_PAGE_NONE:
+	case KAGE_PAGE_POISON:
+		break;
+	}
+}
+
+/* The i-th region's range, 0 pages beyond the last. */
+static uint64_t region_at(struct mm *mm, unsigned i, gfn_t *start)
+{
+	struct regions *set;
+	uint64_t n = 0;
+
+	rcu_enter();
+	set = load_acquire(&mm->regions);
+	if (i < set->count) {
+		*start = set->r[i].start;
+		n = set->r[i].npages;
+	}
+	rcu_leave();
+	return n;
+}
+
+static void add_pages(struct mm *mm, struct kage_stats *out)
+{
+	uint8_t map[BLOCK_PAGES];
+	uint64_t n;
+	gfn_t at;
+
+	for (unsigned i = 0; (n = region_at(mm, i, &at)) != 0; i++) {
+		out->pages_nominal += n;
+		while (n) {
+			uint64_t run = MIN(n, BLOCK_PAGES - at.v % BLOCK_PAGES);
+
+			obs_page_map(mm, at, run, map);
+			for (uint64_t j = 0; j < run; j++)
+				add_class(out, map[j]);
+			at = gfn_add(at, run);
+			n -= run;
+		}
+	}
+}
+
+void obs_guest(struct mm *mm, struct kage_stats *out)
+{
+	struct merge_mm *g = mm->merge;
+
+	out->guests = 1;
+	add_counters(&mm->count, out);
+	add_notify(&mm->notify, out);
+	add_pages(mm, out);
+	out->pages_mapped = out->pages_nominal - out->pages_untouched;
+	out->ksm_pages_sharing = out->pages_shared_merge;
+	out->ksm_zero_pages = out->pages_zero;
+	if (g) {
+		out->ksm_pages_volatile = READ_ONCE(g->volatiles_last);
+		out->ksm_pages_skipped = READ_ONCE(g->skipped_last);
+	}
+	out->ksm_general_profit = (int64_t)((out->pages_shared_merge + out->pages_zero) * PAGE_SIZE);
+}
+
+static int add_guest(struct mm *mm, void *arg)
+{
+	struct kage_stats *out = arg, one = { 0 };
+
+	obs_guest(mm, &one);
+	out->guests++;
+	add_counters(&mm->count, out);
+	add_notify(&mm->notify, out);
+	out->pages_nominal += one.pages_nominal;
+	out->pages_mapped += one.pages_mapped;
+	out->pages_private += one.pages_private;
+	out->pages_shared_clone += one.pages_shared_clone;
+	out->pages_shared_merge += one.pages_shared_merge;
+	out->pages_zero += one.pages_zero;
+	out->pages_untouched += one.pages_untouched;
+	return 0;
+}
+
+struct sharing {
+	struct host *h;
+	uint64_t shared, sharing, chain;
+};
+
+static void add_stable(struct stable *s, void *arg)
+{
+	struct sharing *sh = arg;
+	uint64_t refs = READ_ONCE(pfn_frame(sh->h->pool, s->pfn)->refs);
+
+	sh->shared++;
+	sh->sharing += refs ? refs - 1 : 0;
+	sh->chain += sizeof(*s) + s->room * sizeof(*s->chain);
+}
+
+static void add_merge(struct host *h, struct merge *m, struct kage_stats *out)
+{
+	struct sharing sh = { .h = h };
+
+	stable_each(h, add_stable, &sh);
+	out->ksm_pages_shared = sh.shared;
+	out->ksm_pages_sharing = sh.sharing;
+	out->ksm_zero_pages = out->pages_zero;
+	out->ksm_pages_unshared = READ_ONCE(m->candidates.count);
+	out->ksm_pages_volatile = atomic_load(&m->volatiles);
+	out->ksm_pages_skipped = atomic_load(&m->skipped);
+	out->ksm_full_scans = atomic_load(&m->passes);
+	out->ksm_pages_scanned = atomic_load(&m->scanned);
+	out->ksm_general_profit = (int64_t)((sh.sharing + out->pages_zero) * PAGE_SIZE) - (int64_t)sh.chain -
+				  (int64_t)(out->ksm_pages_unshared * sizeof(struct candidate));
+}
+
+static void add_pool(struct host *h, struct kage_stats *out)
+{
+	struct pool_stats st;
+
+	pool_stats(h->pool, &st);
+	out->frames_used = st.arena_used - st.arena_tables + pool_home_pages(h->pool);
+	out->frames_table = st.arena_tables;
+	out->frames_free = st.arena_free;
+	out->frames_pending = st.pending;
+	out->bytes_metadata = st.metadata_bytes;
+}
+
+void obs_engine(struct host *h, struct merge *m, struct kage_stats *out)
+{
+	add_counters(&h->retired, out);
+	host_each_mm(h, add_guest, out);
+	add_merge(h, m, out);
+	add_pool(h, out);
+}

@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: MIT */
+/**
+ * @file
+ * The engine: one pool of frames and the guests that live in it.
+ */
+#ifndef KAGE_ENGINE_H
+#define KAGE_ENGINE_H
+
+#include <kage/types.h>
+
+KAGE_BEGIN
+
+/** What stands behind the pool's frames. */
+enum kage_backing {
+	/** Anonymous memory with transparent huge pages: fastest to grow. */
+	KAGE_BACKING_ANON = 0,
+	/** One memfd for each merge domain: what a KVM mirror or another process can map. */
+	KAGE_BACKING_MEMFD = 1,
+};
+
+enum kage_log_level { KAGE_LOG_ERROR = 0, KAGE_LOG_WARN = 1, KAGE_LOG_INFO = 2 };
+
+/** Replaces malloc for the engine's own objects (not for frames and tables). */
+struct kage_alloc {
+	/** Returns zeroed memory aligned to 64 bytes, or NULL. */
+	void *(*alloc)(void *opaque, size_t bytes);
+	void (*free)(void *opaque, void *ptr, size_t bytes);
+	void *opaque;
+};
+
+struct kage_engine_config {
+	uint32_t size;
+	uint32_t backing; /**< enum kage_backing */
+	/** Bytes of guest memory and tables that may be in use at once. 0: no limit but the host's. */
+	uint64_t memory_limit;
+	/**
+	 * Bytes of address space to reserve for frames, a power of two from
+	 * 1 GiB to 64 TiB. 0: 16 TiB. If the host refuses, it is halved until
+	 * the host agrees.
+	 */
+	uint64_t address_space;
+	/** Bytes of populated frames kept ready for COW breaks. 0: 4 MiB. */
+	uint64_t reserve;
+	/** Salts the content hashes; 0: from getrandom(2). Fix it only to repeat a run. */
+	uint64_t seed;
+	/** Milliseconds to wait for a vCPU to leave its window of use. 0: 10,000. */
+	uint32_t window_timeout_ms;
+	uint32_t reserved;
+	/** Called with one line (no newline). May be called from any thread that is in the library. */
+	void (*log)(void *opaque, int level, const char *line);
+	void *log_opaque;
+	/** NULL members: malloc. */
+	struct kage_alloc alloc;
+};
+
+/**
+ * Creates an engine.
+ *
+ * Returns KAGE_OK, -EINVAL (NULL out, unknown backing, address_space out of
+ * range), -E2BIG (unknown config tail), -ENOMEM, or the errno of mmap(2),
+ * memfd_create(2), eventfd(2).
+ * Any thread. `config` may be NULL: all defaults.
+ */
+KAGE_API int kage_engine_create(const struct kage_engine_config *config, struct kage_engine **out);
+
+/**
+ * Destroys an engine; NULL is fine. Returns KAGE_OK, or -EBUSY while guests
+ * exist (nothing is changed then). No other call on the engine may be running.
+ */
+KAGE_API int kage_engine_destroy(struct kage_engine *engine);
+
+/**
+ * A descriptor that polls readable when a step is due (deferred frees wait,
+ * the populated reserve is low, or merging has work). Borrowed: do not close.
+ * kage_engine_step() clears it. Returns -EINVAL for NULL.
+ */
+KAGE_API int kage_engine_fd(struct kage_engine *engine);
+
+/** What one step may spend. Zero in both: one whole pass over what is due. */
+struct kage_budget {
+	uint32_t size;
+	uint32_t reserved;
+	uint64_t pages; /**< pages to examine for merging */
+	uint64_t usec;  /**< microseconds of wall time; checked between batches of at most 512 pages */
+};
+
+/** What one step did. */
+struct kage_progress {
+	uint32_t size;
+	/** Nonzero: the budget ran out before the pass ended. */
+	uint32_t more;
+	uint64_t pages_scanned;
+	uint64_t pages_merged;
+	uint64_t frames_freed; /**< released after their grace period */
+	uint64_t passes;       /**< merge passes completed since creation */
+};
+
+/**
+ * Does the background work that is due: merging, releasing of frames after
+ * their grace period, refilling the populated reserve. The embedder decides on
+ * which thread and how often; several threads may call at once.
+ *
+ * `budget` may be NULL (one whole pass), `progress` may be NULL.
+ * Returns KAGE_OK, -EINVAL, -E2BIG or -ENOMEM. The calling thread must not be
+ * inside a vCPU's window of use (else -EDEADLK).
+ */
+KAGE_API int kage_engine_step(struct kage_engine *engine, const struct kage_budget *budget,
+			      struct kage_progress *progress);
+
+enum kage_tune_flags {
+	/** Merging runs in steps (default: off, as KSM's `run`). */
+	KAGE_TUNE_MERGE = 1u << 0,
+	/** Equal zero pages go to the zero frame (default on with merging; see kage_tune.zero_pages). */
+};
+
+/** Settings that may change while the engine runs. All fields are taken as they are. */
+struct kage_tune {
+	uint32_t size;
+	uint32_t flags; /**< enum kage_tune_flags */
+	/** 0: zero pages are merged into the zero frame; 1: they are merged like any other content. */
+	uint32_t no_zero_pages;
+	/** Most guest pages that may share one stable frame. 0: 256 Ki. At least 2. */
+	uint32_t max_sharing;
+};
+
+/** Applies settings. Returns KAGE_OK, -EINVAL or -E2BIG. Any thread. */
+KAGE_API int kage_engine_tune(struct kage_engine *engine, const struct kage_tune *tune);
+
+struct kage_audit {
+	uint32_t size;
+	uint32_t reserved;
+	/** Called with one line for each violated invariant. May be NULL. */
+	void (*report)(void *opaque, const char *line);
+	void *opaque;
+	uint64_t checks;     /**< out: single assertions made */
+	uint64_t violations; /**< out */
+};
+
+/**
+ * Checks every invariant of the whole engine: reference counts against the
+ * tables, the write rule, reverse maps, pool free lists, shadow tables against
+ * guest and primary tables. Stops all guests' faults while it runs; vCPU
+ * threads may keep running.
+ *
+ * Returns KAGE_OK (no violation), -EUCLEAN (violations; see the struct),
+ * -EINVAL, -E2BIG, -ENOMEM.
+ */
+KAGE_API int kage_engine_audit(struct kage_engine *engine, struct kage_audit *audit);
+
+KAGE_END
+#endif

@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: MIT */
+/**
+ * @file
+ * Counters, and dumps of the tables of a guest.
+ */
+#ifndef KAGE_STATS_H
+#define KAGE_STATS_H
+
+#include <kage/types.h>
+
+KAGE_BEGIN
+
+/**
+ * Counters of an engine or of one guest; a field that makes no sense for a
+ * guest is 0 there. Pages are 4 KiB. Names follow KSM's sysfs files where it has one
+ * (Documentation/admin-guide/mm/ksm.rst).
+ */
+struct kage_stats {
+	uint32_t size;
+	uint32_t guests;
+
+	/* memory; "nominal" is what the guests believe they have */
+	uint64_t pages_nominal;  /**< length of all regions */
+	uint64_t pages_mapped;   /**< entries present, a block counting as its pages; a shared table counts for each guest that reaches it */
+	uint64_t frames_used;    /**< frames that hold guest memory, each once; the zero frame is not counted */
+	uint64_t frames_table;   /**< frames that hold primary tables */
+	uint64_t frames_free;    /**< populated frames in the arena's free lists and caches */
+	uint64_t frames_pending; /**< waiting for their grace period */
+	uint64_t bytes_metadata; /**< populated bytes of the frame array and of section descriptors */
+	uint64_t pages_private;  /**< guest: pages whose frame no other entry maps */
+	uint64_t pages_shared_clone; /**< guest: pages shared with clones only */
+	uint64_t pages_shared_merge; /**< guest: pages on a stable frame */
+	uint64_t pages_zero;     /**< guest: pages on the zero frame */
+	uint64_t pages_untouched;/**< guest: pages without an entry */
+
+	/* faults and changes */
+	uint64_t faults;         /**< primary faults taken */
+	uint64_t faults_spurious;
+	uint64_t faults_retried; /**< because an overlapping change was in flight */
+	uint64_t retries_spurious; /**< retries for a change that did not overlap: stays 0 */
+	uint64_t cow_breaks;
+	uint64_t cow_reused;     /**< write to a shared entry whose other users had gone */
+	uint64_t tables_unshared;
+	uint64_t blocks_split;
+	uint64_t changes;        /**< runs of the change funnel */
+	uint64_t changes_raced;  /**< that ended with -EAGAIN */
+	uint64_t clones;
+	uint64_t pages_discarded;
+
+	/* merging: KSM's names */
+	uint64_t ksm_pages_shared;   /**< stable frames in use */
+	uint64_t ksm_pages_sharing;  /**< further entries that map them: the frames saved */
+	uint64_t ksm_pages_unshared; /**< unique at the last pass */
+	uint64_t ksm_pages_volatile; /**< left alone because they changed too fast */
+	uint64_t ksm_pages_skipped;  /**< pinned or otherwise not eligible at the last pass */
+	uint64_t ksm_zero_pages;     /**< entries that merging put on the zero frame */
+	uint64_t ksm_full_scans;
+	uint64_t ksm_pages_scanned;  /**< pages whose contents were read */
+	uint64_t ksm_merges;         /**< merges done, ever */
+	uint64_t ksm_unmerges;       /**< merged pages broken or unmerged, ever */
+	int64_t ksm_general_profit;  /**< bytes: saved minus what merging's own structures take */
+
+	/* shadow tables */
+	uint64_t shadow_pages;
+	uint64_t shadow_bytes;
+	uint64_t shadow_faults;  /**< entries installed */
+	uint64_t shadow_dropped; /**< entries dropped by invalidation */
+	uint64_t shadow_unsync;  /**< pages out of sync now */
+	uint64_t table_writes;   /**< writes caught on tracked guest tables */
+	uint64_t tlb_misses;     /**< out-of-line translations */
+	uint64_t tlb_flushes;    /**< whole-context flushes */
+	uint64_t shootdowns;     /**< membarrier rounds */
+	uint64_t window_waits;   /**< windows waited for */
+};
+
+/**
+ * Reads the counters of an engine (`vm` NULL) or a guest. The memory fields
+ * are counted by walking the tables: time follows their size.
+ * Returns KAGE_OK, -EINVAL, -E2BIG, -ENOMEM. Any thread.
+ */
+KAGE_API int kage_stats_get(struct kage_engine *engine, struct kage_vm *vm, struct kage_stats *stats);
+
+enum kage_dump_what {
+	KAGE_DUMP_PRIMARY = 0, /**< the guest's primary table, runs of like entries joined */
+	KAGE_DUMP_SHADOW = 1,  /**< its shadow tables */
+	KAGE_DUMP_GUEST = 2,   /**< the guest's own tables, from the registers of its first vCPU */
+	KAGE_DUMP_REGIONS = 3,
+};
+
+enum kage_dump_format { KAGE_DUMP_TEXT = 0, KAGE_DUMP_JSON = 1 };
+
+/**
+ * Writes a dump to a descriptor. Returns KAGE_OK, -EINVAL, -ENOENT (GUEST
+ * without a vCPU), -ENOMEM, or the errno of write(2).
+ */
+KAGE_API int kage_dump(struct kage_vm *vm, enum kage_dump_what what, enum kage_dump_format format, int fd);
+
+/** How a guest page is held; one byte for each page of a map. */
+enum kage_page_class {
+	KAGE_PAGE_NONE = 0,      /**< no region */
+	KAGE_PAGE_UNTOUCHED = 1, /**< no entry */
+	KAGE_PAGE_HOME = 2,      /**< private, in its home extent */
+	KAGE_PAGE_PRIVATE = 3,   /**< private, a copy in the common arena */
+	KAGE_PAGE_CLONE = 4,     /**< shared with clones */
+	KAGE_PAGE_MERGED = 5,    /**< shared by merging */
+	KAGE_PAGE_ZERO = 6,      /**< the zero frame */
+	KAGE_PAGE_DEVICE = 7,    /**< FILE or FOREIGN memory */
+	KAGE_PAGE_POISON = 8,
+};
+
+/**
+ * Classifies the pages of a range into `map`, one byte (enum kage_page_class)
+ * a page. Returns KAGE_OK, -EINVAL. Any thread.
+ */
+KAGE_API int kage_page_map(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint8_t *map);
+
+KAGE_END
+#endif

@@ -1,0 +1,342 @@
+/* SPDX-License-Identifier: MIT */
+/**
+ * @file
+ * The soft backend's vCPU: the registers that matter to translation, a TLB,
+ * and guest loads, stores and fetches through it.
+ *
+ * One thread at a time uses a vCPU. An access opens the vCPU's *window of
+ * use*, probes the TLB, accesses the frame and closes the window; whoever
+ * takes the frame away overwrites the TLB tags first and then waits for open
+ * windows. kage_vcpu_enter() and kage_vcpu_leave() hold one window over a
+ * block of guest work. Inside it the thread must not block, must not call
+ * functions other than those of this header, and polls kage_vcpu_wanted().
+ */
+#ifndef KAGE_VCPU_H
+#define KAGE_VCPU_H
+
+#include <kage/types.h>
+
+KAGE_BEGIN
+
+enum kage_arch {
+	KAGE_ARCH_X86 = 1,
+};
+
+/** CPU features that change translation (x86). */
+enum kage_x86_feature {
+	KAGE_X86_NX = 1u << 0,
+	KAGE_X86_PAGE1GB = 1u << 1,
+	KAGE_X86_SMEP = 1u << 2,
+	KAGE_X86_SMAP = 1u << 3,
+	KAGE_X86_PCID = 1u << 4,
+	KAGE_X86_LA57 = 1u << 5,
+	KAGE_X86_PKU = 1u << 6,
+};
+
+/** x86 state that takes part in translation. */
+struct kage_x86_regs {
+	uint64_t cr0, cr3, cr4, efer;
+	uint64_t rflags; /**< only AC (bit 18) counts */
+	uint32_t cpl;    /**< 0 to 3 */
+	uint32_t pkru;
+};
+
+/** Layout version of everything inline in this header; kage_vcpu_create() compares it. */
+#define KAGE_VCPU_ABI 0x4b470001u
+
+struct kage_vcpu_config {
+	uint32_t size;
+	/** KAGE_VCPU_ABI, or 0 for a caller that uses none of the inline functions. */
+	uint32_t abi;
+	uint32_t arch;      /**< enum kage_arch; 0: KAGE_ARCH_X86 */
+	uint32_t phys_bits; /**< guest physical address bits the CPU has, 36 to 52; 0: 46 */
+	uint32_t features;  /**< enum kage_x86_feature; 0: NX | PAGE1GB | SMEP | SMAP | PCID */
+	/** log2 of the entries of the second-level TLB, 9 to 20; 0: 14. */
+	uint32_t tlb_bits;
+	/**
+	 * Called before the first write to a page from which instructions were
+	 * fetched since the last call for that page, by whichever vCPU, engine
+	 * call or VMM write does it. `vcpu` is the one this callback was given
+	 * for. May run on another thread; must not call the engine.
+	 */
+	void (*code_written)(void *opaque, struct kage_vcpu *vcpu, uint64_t gpa, uint64_t len);
+	void *opaque;
+};
+
+/** Why an access did not happen. Filled for every result other than KAGE_OK. */
+struct kage_fault {
+	uint64_t gva;    /**< first byte that faulted */
+	uint64_t gpa;    /**< KAGE_MMIO, KAGE_WAIT and KAGE_OK of translate: its guest physical address */
+	uint32_t access; /**< what was asked (enum kage_access) */
+	uint32_t vector; /**< KAGE_GUEST_FAULT, x86: 14 (#PF), 13 (#GP: not canonical) */
+	uint32_t error;  /**< x86 error code */
+	uint32_t level;  /**< level of the guest entry that decided, leaf is 0; translate: page size level */
+	uint64_t done;   /**< bytes that were transferred before the fault */
+	uint64_t reserved;
+};
+
+/** One entry; a tag is the gva of the page, its low 12 bits the context that may use it. */
+struct kage_tlb_entry {
+	uint64_t tag[3]; /* read, write, execute */
+	uint64_t addend; /* hva - gva */
+};
+
+#define KAGE_TLB_ENTRIES 1024
+
+/** Head of every vCPU, part of the ABI that KAGE_VCPU_ABI names. */
+struct kage_vcpu_head {
+	uint64_t win;    /* odd: inside a window of use. Written by the owner only */
+	uint64_t ctx[3]; /* contexts for read, write, execute */
+	uint32_t wanted; /* somebody waits for the window */
+	uint32_t reserved;
+	uint64_t pad[3];
+	struct kage_tlb_entry tlb[KAGE_TLB_ENTRIES];
+};
+
+/** For a JIT that emits the probe itself. */
+struct kage_tlb_layout {
+	uint32_t size;
+	uint32_t abi;
+	uint32_t win_offset, ctx_offset, wanted_offset, tlb_offset;
+	uint32_t entry_size, entries, tag_offset, addend_offset;
+};
+
+/**
+ * Creates a vCPU. Returns KAGE_OK, -EINVAL, -E2BIG, -ENOMEM, -ENOEXEC (`abi`
+ * is not this library's), -EOPNOTSUPP (`arch`). Until kage_vcpu_set_regs() it
+ * has paging off: gva is gpa.
+ */
+KAGE_API int kage_vcpu_create(struct kage_vm *vm, const struct kage_vcpu_config *config,
+			      struct kage_vcpu **out);
+/** Destroys a vCPU that no thread uses; NULL is fine. */
+KAGE_API void kage_vcpu_destroy(struct kage_vcpu *vcpu);
+
+/**
+ * Sets the registers (x86: struct kage_x86_regs, `size` its size). A CR3 value
+ * other than the present one counts as a MOV to CR3 with the flushes that has;
+ * changes of CR0.PG, CR4.PGE, PAE, PCIDE, SMEP, LA57 and EFER.NXE flush as the
+ * manual says (Intel SDM vol. 3A, 4.10.4). Returns KAGE_OK or -EINVAL (a
+ * combination the CPU would refuse, or a reserved bit), -EOPNOTSUPP (paging
+ * modes of a later version: 32-bit and PAE). Outside a window of use.
+ */
+KAGE_API int kage_vcpu_set_regs(struct kage_vcpu *vcpu, const void *arch_regs, size_t size);
+
+/** Opens a window of use over a block of guest work. No nesting. */
+KAGE_API void kage_vcpu_enter(struct kage_vcpu *vcpu);
+/** Closes it. Also tells the engine that this vCPU is idle: call it before the thread sleeps. */
+KAGE_API void kage_vcpu_leave(struct kage_vcpu *vcpu);
+
+enum kage_flush_kind {
+	KAGE_FLUSH_ALL = 0,  /**< everything, global pages too */
+	KAGE_FLUSH_PAGE = 1, /**< INVLPG: `gva`, in all address spaces */
+	KAGE_FLUSH_ASID = 2, /**< x86 INVPCID type 1: `asid` is the PCID */
+	KAGE_FLUSH_CR3 = 3,  /**< MOV to CR3 of `value`, bit 63 included when CR4.PCIDE is set */
+};
+
+struct kage_flush {
+	uint32_t size;
+	uint32_t kind; /**< enum kage_flush_kind */
+	uint64_t gva;
+	uint64_t asid;
+	uint64_t value;
+};
+
+/** What the guest's flush instructions do. Returns KAGE_OK, -EINVAL, -E2BIG. Outside a window of use. */
+KAGE_API int kage_vcpu_flush(struct kage_vcpu *vcpu, const struct kage_flush *flush);
+
+/** Offsets of the inline layout. Returns KAGE_OK, -EINVAL, -E2BIG. */
+KAGE_API int kage_vcpu_layout(struct kage_tlb_layout *layout);
+
+/**
+ * Translates without touching the page or setting accessed and dirty bits.
+ * `access` 0 asks for the translation without a permission check. On KAGE_OK
+ * `fault->gpa` is the answer. Other results as kage_vcpu_load(). Outside a
+ * window of use.
+ */
+KAGE_API int kage_vcpu_translate(struct kage_vcpu *vcpu, uint64_t gva, uint32_t access,
+				 struct kage_fault *fault);
+
+/**
+ * A pointer to `len` bytes within one page for `access` (KAGE_READ, KAGE_WRITE
+ * or both), for atomic or vector instructions. Call it between enter and
+ * leave; it is valid until leave, or until the next access on this vCPU that
+ * misses the TLB (kage_vcpu_window() changes then).
+ * Results as kage_vcpu_load(), and -EINVAL (crosses a page, not entered).
+ */
+KAGE_API int kage_vcpu_ptr(struct kage_vcpu *vcpu, uint64_t gva, size_t len, uint32_t access,
+			   void **ptr, struct kage_fault *fault);
+
+/** Out-of-line halves of the inline functions below. */
+KAGE_API int kage_vcpu_load_slow(struct kage_vcpu *, uint64_t gva, void *, size_t, struct kage_fault *);
+KAGE_API int kage_vcpu_store_slow(struct kage_vcpu *, uint64_t gva, const void *, size_t,
+				  struct kage_fault *);
+KAGE_API int kage_vcpu_fetch_slow(struct kage_vcpu *, uint64_t gva, void *, size_t, struct kage_fault *);
+
+KAGE_API bool kage_vcpu_wanted(const struct kage_vcpu *vcpu);
+KAGE_API uint64_t kage_vcpu_window(const struct kage_vcpu *vcpu);
+KAGE_API int kage_vcpu_load(struct kage_vcpu *vcpu, uint64_t gva, void *buf, size_t len,
+			    struct kage_fault *fault);
+KAGE_API int kage_vcpu_store(struct kage_vcpu *vcpu, uint64_t gva, const void *buf, size_t len,
+			     struct kage_fault *fault);
+KAGE_API int kage_vcpu_fetch(struct kage_vcpu *vcpu, uint64_t gva, void *buf, size_t len,
+			     struct kage_fault *fault);
+
+/*
+ * The inline fast path.
+ *
+ * Invariant: while `win` is odd, a frame whose tag was seen valid stays where
+ * it is. The owner stores win (plain), then loads the tag; who invalidates
+ * stores the tag, then makes every running vCPU pass a full barrier
+ * (membarrier(2)), then loads win. So either the probe sees the overwritten
+ * tag, or the invalidator sees the odd window and waits until win changes.
+ *
+ * A 1, 2, 4 or 8 byte access whose size the compiler knows is one load or
+ * store; other sizes take the out-of-line path, which probes as well.
+ * `gva + len - 1` in the comparison makes an access that crosses a page miss.
+ */
+#if defined(__SANITIZE_THREAD__)
+#define KAGE_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define KAGE_TSAN 1
+#endif
+#endif
+#ifdef KAGE_TSAN /* it knows neither membarrier nor volatile: real fences and atomics */
+#define KAGE_WINDOW_FENCE() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+#define KAGE_GUEST_MOVE(type, to, from) \
+	__atomic_store_n((type *)(to), __atomic_load_n((const type *)(from), __ATOMIC_RELAXED), __ATOMIC_RELAXED)
+#else
+#define KAGE_WINDOW_FENCE() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+#define KAGE_GUEST_MOVE(type, to, from)                                    \
+	do {                                                               \
+		typedef type __attribute__((may_alias, aligned(1))) move_; \
+		*(volatile move_ *)(to) = *(const volatile move_ *)(from); \
+	} while (0)
+#endif
+
+#define KAGE_INLINE_SIZE(n) (__builtin_constant_p(n) && ((n) == 1 || (n) == 2 || (n) == 4 || (n) == 8))
+
+KAGE_HELPER void kage_guest_move(void *to, const void *from, size_t len)
+{
+	switch (len) {
+	case 1: KAGE_GUEST_MOVE(uint8_t, to, from); break;
+	case 2: KAGE_GUEST_MOVE(uint16_t, to, from); break;
+	case 4: KAGE_GUEST_MOVE(uint32_t, to, from); break;
+	default: KAGE_GUEST_MOVE(uint64_t, to, from); break;
+	}
+}
+
+/* Opens a window if none is open; returns what kage_window_close() needs. */
+KAGE_HELPER uint64_t kage_window_open(struct kage_vcpu_head *h)
+{
+	uint64_t win = __atomic_load_n(&h->win, __ATOMIC_RELAXED);
+
+	__atomic_store_n(&h->win, win | 1, __ATOMIC_RELAXED);
+	KAGE_WINDOW_FENCE();
+	return win;
+}
+
+/* An even window moves on to the next even number; an enclosing odd one stays. */
+KAGE_HELPER void kage_window_close(struct kage_vcpu_head *h, uint64_t win)
+{
+	__atomic_store_n(&h->win, win + ((~win & 1) << 1), __ATOMIC_RELEASE);
+}
+
+/* The entry that answers, or NULL. `kind` is 0 to read, 1 to write, 2 to execute. Inside a window. */
+KAGE_HELPER struct kage_tlb_entry *kage_tlb_probe(struct kage_vcpu_head *h, uint64_t gva, size_t len,
+						  int kind)
+{
+	struct kage_tlb_entry *e = &h->tlb[(gva >> KAGE_PAGE_SHIFT) & (KAGE_TLB_ENTRIES - 1)];
+	uint64_t want = ((gva + len - 1) & ~(KAGE_PAGE_SIZE - 1)) | __atomic_load_n(&h->ctx[kind], __ATOMIC_RELAXED);
+
+	return KAGE_LIKELY(__atomic_load_n(&e->tag[kind], __ATOMIC_RELAXED) == want) ? e : NULL;
+}
+
+/*
+ * TSan alone needs the tag's load and the addend's to be ordered; on real
+ * hardware the fill of an entry happens on the thread that probes it.
+ */
+KAGE_HELPER void *kage_tlb_hva(const struct kage_tlb_entry *e, uint64_t gva)
+{
+	return (void *)(uintptr_t)(gva + __atomic_load_n(&e->addend, __ATOMIC_RELAXED));
+}
+
+/**
+ * Loads `len` bytes at a guest virtual address, any alignment, across pages.
+ *
+ * Returns KAGE_OK; KAGE_GUEST_FAULT (the guest gets `vector` and `error`);
+ * KAGE_MMIO (no memory answers at `gpa`; the embedder emulates the device);
+ * KAGE_WAIT; -ENOMEM; -EFAULT (the frame is poisoned); -ETIMEDOUT; -EINVAL (NULL, len 0). An access of at
+ * most KAGE_PAGE_SIZE bytes transfers all or nothing; of a longer one,
+ * `fault->done` bytes are transferred. `fault` may be NULL.
+ */
+KAGE_INLINE int kage_vcpu_load(struct kage_vcpu *vcpu, uint64_t gva, void *buf, size_t len,
+			       struct kage_fault *fault)
+{
+	if (KAGE_INLINE_SIZE(len)) {
+		struct kage_vcpu_head *h = (struct kage_vcpu_head *)vcpu;
+		uint64_t win = kage_window_open(h);
+		struct kage_tlb_entry *e = kage_tlb_probe(h, gva, len, 0);
+
+		if (KAGE_LIKELY(e != NULL)) {
+			kage_guest_move(buf, kage_tlb_hva(e, gva), len);
+			kage_window_close(h, win);
+			return KAGE_OK;
+		}
+		kage_window_close(h, win);
+	}
+	return kage_vcpu_load_slow(vcpu, gva, buf, len, fault);
+}
+
+/** Stores; otherwise as kage_vcpu_load(). */
+KAGE_INLINE int kage_vcpu_store(struct kage_vcpu *vcpu, uint64_t gva, const void *buf, size_t len,
+				struct kage_fault *fault)
+{
+	if (KAGE_INLINE_SIZE(len)) {
+		struct kage_vcpu_head *h = (struct kage_vcpu_head *)vcpu;
+		uint64_t win = kage_window_open(h);
+		struct kage_tlb_entry *e = kage_tlb_probe(h, gva, len, 1);
+
+		if (KAGE_LIKELY(e != NULL)) {
+			kage_guest_move(kage_tlb_hva(e, gva), buf, len);
+			kage_window_close(h, win);
+			return KAGE_OK;
+		}
+		kage_window_close(h, win);
+	}
+	return kage_vcpu_store_slow(vcpu, gva, buf, len, fault);
+}
+
+/** Loads instruction bytes (checks execute permission); otherwise as kage_vcpu_load(). */
+KAGE_INLINE int kage_vcpu_fetch(struct kage_vcpu *vcpu, uint64_t gva, void *buf, size_t len,
+				struct kage_fault *fault)
+{
+	if (KAGE_INLINE_SIZE(len)) {
+		struct kage_vcpu_head *h = (struct kage_vcpu_head *)vcpu;
+		uint64_t win = kage_window_open(h);
+		struct kage_tlb_entry *e = kage_tlb_probe(h, gva, len, 2);
+
+		if (KAGE_LIKELY(e != NULL)) {
+			kage_guest_move(buf, kage_tlb_hva(e, gva), len);
+			kage_window_close(h, win);
+			return KAGE_OK;
+		}
+		kage_window_close(h, win);
+	}
+	return kage_vcpu_fetch_slow(vcpu, gva, buf, len, fault);
+}
+
+/** Somebody waits for this vCPU's window: leave soon. Poll it at back-edges of guest work. */
+KAGE_INLINE bool kage_vcpu_wanted(const struct kage_vcpu *vcpu)
+{
+	return __atomic_load_n(&((const struct kage_vcpu_head *)vcpu)->wanted, __ATOMIC_RELAXED) != 0;
+}
+
+/** Changes whenever pointers from kage_vcpu_ptr() lose their meaning. */
+KAGE_INLINE uint64_t kage_vcpu_window(const struct kage_vcpu *vcpu)
+{
+	return __atomic_load_n(&((const struct kage_vcpu_head *)vcpu)->win, __ATOMIC_RELAXED);
+}
+
+KAGE_END
+#endif

@@ -1,0 +1,244 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# Builds and runs the tests:  sh tests/run.sh [SUITE...]
+#
+# SUITE is a folder of tests/ (unit, model, flow, stress, lint, abi, ...), demo,
+# or asan or tsan: builds of their own under a sanitizer. Without one: all of
+# them. Installs what is missing (as root, with apt-get; else says what to
+# install). Prints each skip with its reason, and as its last line
+#     N passed, N failed, N skipped
+# A program of Check counts as its cases, any other test as one. Exit: 0, 1 if
+# something failed, 2 if nothing could be built. Environment:
+#   KAGE_BUILD  build folder, default build; build-asan and build-tsan lie beside it
+#   KAGE_FAST   1: no sanitizer builds unless asked for by name
+set -u
+
+cd "$(dirname "$0")/.." || exit 2
+build=${KAGE_BUILD:-build}
+all=1
+plain=
+asan=
+tsan=
+for suite in "$@"; do
+	all=
+	case $suite in
+	asan) asan=1 ;;
+	tsan) tsan=1 ;;
+	-*) sed -n '3,/^set/s/^# \{0,1\}//p' tests/run.sh; exit 2 ;;
+	*) plain="$plain --suite $suite" ;;
+	esac
+done
+if [ -n "$all" ] && [ "${KAGE_FAST:-}" != 1 ]; then
+	asan=1
+	tsan=1
+fi
+passed=0
+failed=0
+skipped=0
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# -- what must be there ---------------------------------------------------------
+
+missing=
+need() { have "$1" || missing="$missing $2"; }
+need_lib() { pkg-config --exists "$1" 2>/dev/null || missing="$missing $2"; }
+find_missing() {
+	missing=
+	have cc && have c++ && [ -e /usr/include/stdio.h ] || missing=" g++ libc6-dev"
+	have gcc || missing="$missing gcc"
+	need nm binutils
+	need meson meson
+	need ninja ninja-build
+	need pkg-config pkg-config
+	need_lib liburcu-memb liburcu-dev
+	need_lib libxxhash libxxhash-dev
+	need_lib check check
+	needed=$missing
+	# Without these, tests skip.
+	need qemu-system-x86_64 qemu-system-x86
+	need spin spin
+	if ! have clang; then
+		missing="$missing clang libclang-rt-dev"
+	elif [ -n "$tsan" ] && [ ! -e "$(clang -print-file-name=libclang_rt.tsan-x86_64.a)" ] &&
+		[ ! -e "$(clang -print-runtime-dir)/libclang_rt.tsan.a" ]; then
+		missing="$missing libclang-rt-dev"
+	fi
+}
+
+install_missing() {
+	if [ "$(id -u)" != 0 ] || ! have apt-get; then
+		echo "Missing; as root: apt-get install$missing"
+		return
+	fi
+	echo "Installing:$missing"
+	apt-get -qq update >/dev/null
+	# One by one: what the tests can do without must not hold up the rest.
+	for package in $missing; do
+		DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends "$package" >"$build/run.log" 2>&1 ||
+			{ echo "  cannot install $package:"; tail -n 3 "$build/run.log"; }
+	done
+	find_missing
+}
+
+# -- running --------------------------------------------------------------------
+
+# prepare DIR OPTION... : configures once, builds; log in DIR/run.log
+prepare() {
+	dir=$1
+	shift
+	echo "Build ($dir/)"
+	mkdir -p "$dir" || return 1
+	if [ ! -f "$dir/build.ninja" ]; then
+		meson setup "$dir" "$@" >"$dir/run.log" 2>&1 || { cat "$dir/run.log"; return 1; }
+	fi
+	ninja -C "$dir" >"$dir/run.log" 2>&1 || { tail -n 60 "$dir/run.log"; return 1; }
+	rm -f "$dir/run.log"
+}
+
+# Adds the results of the last run in DIR: name, reason of each skip and failure.
+tally() {
+	counts=$(awk -v build="$1" '
+	# Escapes inside of strings keep these patterns unambiguous: a quote there has a backslash before it.
+	{
+		name = $0
+		sub(/^\{"name": "/, "", name)
+		sub(/", ".*/, "", name)
+		result = "ERROR"
+		if (match($0, /"result": "[A-Z]+"/))
+			result = substr($0, RSTART + 11, RLENGTH - 12)
+		cases = bad = 0
+		rest = $0
+		while (match(rest, /Checks: [0-9]+, Failures: [0-9]+, Errors: [0-9]+/)) {
+			split(substr(rest, RSTART, RLENGTH), part, /[^0-9]+/)
+			cases += part[2]
+			bad += part[3] + part[4]
+			rest = substr(rest, RSTART + RLENGTH)
+		}
+		skips = 0
+		rest = $0
+		gsub(/\\n/, "\n", rest)
+		gsub(/"std(out|err)": "/, "\n", rest)
+		count = split(rest, line, "\n")
+		reason = "(no reason given)"
+		for (i = 1; i <= count; i++) {
+			if (line[i] !~ /^(SKIP|skipped): /)
+				continue
+			reason = line[i]
+			sub(/^[^:]*: /, "", reason)
+			sub(/".*/, "", reason)
+			print "skipped: " name ": " reason > "/dev/stderr"
+			skips++
+		}
+		if (result == "SKIP") {
+			if (!skips)
+				print "skipped: " name ": " reason > "/dev/stderr"
+			skips = skips ? skips : 1
+			skipped += skips
+			next
+		}
+		skipped += skips
+		if (result == "OK" || result == "EXPECTEDFAIL") {
+			passed += cases ? cases : 1
+			next
+		}
+		bad = bad ? bad : 1
+		failed += bad
+		passed += cases > bad ? cases - bad : 0
+		print "FAILED: " name " (" result "), see " build "/meson-logs/testlog.txt" > "/dev/stderr"
+	}
+	END { print passed + 0, failed + 0, skipped + 0 }' "$1/meson-logs/testlog.json" 2>"$build/run.tally")
+	sed "s/^/  /" "$build/run.tally" >>"$build/run.notes"
+	rm -f "$build/run.tally"
+	# shellcheck disable=SC2086
+	set -- $counts
+	passed=$((passed + $1))
+	failed=$((failed + $2))
+	skipped=$((skipped + $3))
+}
+
+# run DIR ARGUMENT... : meson test
+run() {
+	dir=$1
+	shift
+	rm -f "$dir/meson-logs/testlog.json"
+	meson test -C "$dir" --no-rebuild --print-errorlogs "$@" || :
+	if [ -s "$dir/meson-logs/testlog.json" ]; then
+		tally "$dir"
+	else
+		could_not "$dir: meson test ran nothing"
+	fi
+}
+
+could_not() {
+	failed=$((failed + 1))
+	echo "  FAILED: $*" >>"$build/run.notes"
+}
+left_out() {
+	skipped=$((skipped + 1))
+	echo "  skipped: $*" >>"$build/run.notes"
+}
+
+# Can CC build and run a program with -fsanitize=WHAT?
+sanitizer_works() {
+	dir=$(mktemp -d) || return 1
+	echo 'int main(void) { return 0; }' >"$dir/t.c"
+	"$1" "-fsanitize=$2" "$dir/t.c" -o "$dir/t" >/dev/null 2>&1 && "$dir/t" >/dev/null 2>&1
+	works=$?
+	rm -rf "$dir"
+	return $works
+}
+
+run_asan() {
+	if ! sanitizer_works gcc address,undefined; then
+		left_out "asan: gcc cannot build or run a program with -fsanitize=address,undefined"
+		return
+	fi
+	prepare "$build-asan" -Db_sanitize=address,undefined -Db_lundef=false -Dbench=false ||
+		{ could_not "$build-asan does not build"; return; }
+	echo "Tests under ASan and UBSan, short forms"
+	ASAN_OPTIONS=detect_stack_use_after_return=0:abort_on_error=0 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	KAGE_STEPS=500 \
+		run "$build-asan" --suite unit --suite model --suite flow --suite stress -t 3
+}
+
+run_tsan() {
+	if ! have clang || ! sanitizer_works clang thread; then
+		left_out "tsan: no clang that can build and run a program with -fsanitize=thread"
+		return
+	fi
+	CC=clang prepare "$build-tsan" -Db_sanitize=thread -Db_lundef=false -Dbench=false ||
+		{ could_not "$build-tsan does not build"; return; }
+	echo "Tests under TSan, short forms"
+	TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
+		run "$build-tsan" --suite unit --suite stress -t 3
+}
+
+begin=$(date +%s)
+mkdir -p "$build" && : >"$build/run.notes" || exit 2
+find_missing
+[ -z "$missing" ] || install_missing
+if [ -n "$needed" ]; then
+	echo "tests/run.sh: cannot build without:$needed" >&2
+	exit 2
+fi
+
+if [ -n "$all" ] || [ -n "$plain" ]; then
+	if prepare "$build"; then
+		echo "Tests"
+		# shellcheck disable=SC2086
+		run "$build" $plain
+	else
+		could_not "$build does not build"
+	fi
+fi
+[ -z "$asan" ] || run_asan
+[ -z "$tsan" ] || run_tsan
+
+echo
+echo "tests/run.sh: $(($(date +%s) - begin)) s"
+cat "$build/run.notes"
+rm -f "$build/run.notes"
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed = 0 ]
