@@ -15,7 +15,7 @@ run() {
 	want=$1
 	pattern=$2
 	shift 2
-	"$demo" --clones 20 --writes 16 "$@" >"$dir/out" 2>&1
+	"$demo" --clones 8 --writes 16 "$@" >"$dir/out" 2>&1
 	status=$?
 	if [ $status -ne "$want" ] || ! grep -q -e "$pattern" "$dir/out"; then
 		echo "FAIL: kage-demo $*: status $status, expected $want with '$pattern'"
@@ -34,7 +34,7 @@ expect() {
 	fi
 }
 
-"$synthetic" "$dir" 64 || exit 1
+"$synthetic" "$dir" 48 || exit 1
 for i in 1 2 3; do sha256sum <"$dir/guest$i.ram" | cut -d' ' -f1 >"$dir/guest$i.sha256"; done
 echo "synthetic: test" >"$dir/how"
 

@@ -187,6 +187,14 @@ static int step_work(struct kage_engine *e, const struct kage_budget *b, struct 
 	return r;
 }
 
+static int entered(struct mm *mm, void *arg)
+{
+	struct kage_vm *vm = mm->owner;
+	struct shadow *s = vm ? atomic_load(&vm->shadow) : NULL;
+
+	return s && shadow_entered(s) ? -EDEADLK : 0;
+}
+
 int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, struct kage_progress *progress)
 {
 	struct kage_progress p = { .size = sizeof(p) };
@@ -203,6 +211,9 @@ int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, st
 	if (r)
 		return r;
 	config_copy(&b, budget, sizeof(b));
+	r = host_each_mm(&e->host, entered, NULL);
+	if (r)
+		return r;
 	n = read(e->event, &seen, sizeof(seen));
 	(void)n;
 	r = step_work(e, &b, &p);

@@ -163,6 +163,20 @@ static int wait_window(struct shadow *s, struct shadow_cpu *cpu, bool blockable)
 	return wait_moved(s, cpu, win);
 }
 
+bool shadow_entered(struct shadow *s)
+{
+	struct brlock_held held = brlock_read(&s->cpus_lock);
+	bool entered = false;
+
+	list_for_each(n, &s->cpus) {
+		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
+
+		entered |= atomic_load_explicit(&cpu->enter_thread, memory_order_relaxed) == (uintptr_t)pthread_self();
+	}
+	brlock_read_drop(&s->cpus_lock, held);
+	return entered;
+}
+
 static void flushed_up_to(struct shadow *s, uint64_t seq)
 {
 	uint64_t old = atomic_load_explicit(&s->flushed_seq, memory_order_relaxed);

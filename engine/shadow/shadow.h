@@ -116,6 +116,8 @@ void shadow_detach(struct shadow_cpu *cpu);
 /* The vCPU's registers changed. A kept root makes this a lookup. The TLB's contexts are the backend's business. */
 void shadow_set_mode(struct shadow_cpu *cpu, const struct shadow_mode *mode);
 /* Adds to the fields shadow_*, table_writes, tlb_*, shootdowns, window_waits. */
+/* The calling thread is between enter and leave of one of the guest's vCPUs. */
+bool shadow_entered(struct shadow *s);
 void shadow_stats(struct shadow *s, struct kage_stats *out);
 /* Inline probes may hit: shootdowns reach other threads by membarrier(2). */
 bool shadow_fast_windows(const struct shadow *s);

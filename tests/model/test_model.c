@@ -141,6 +141,11 @@ static void audit(struct run *r)
 	total.checks += a.checks;
 }
 
+static void log_line(void *opaque, int level, const char *line)
+{
+	printf("log: %s\n", line);
+}
+
 /* With `pages` more, would the limit really be passed? Tables and 2 MiB pieces included, generously. */
 static void check_out_of_memory(struct run *r, uint64_t pages)
 {
@@ -683,6 +688,8 @@ static void do_vcpu(struct run *r, struct guest *g)
 	struct kage_vcpu **v = &g->vcpu[rng_below(&r->rng, VCPUS)];
 	bool block = rng_chance(&r->rng, 40);
 
+	if (*v == NULL && !rng_chance(&r->rng, 15))
+		return;
 	if (*v == NULL) {
 		int ret = kage_vcpu_create(
 		    g->vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI, .phys_bits = 52, .tlb_bits = 9),
@@ -1060,7 +1067,7 @@ static const struct {
 	void (*run)(struct run *r, struct guest *g);
 } operations[] = {
     {60, do_map},	{35, do_unmap},	   {45, do_protect},	  {90, do_advise},    {180, do_write},
-    {60, do_read},	{200, do_vcpu},	   {10, do_vcpu_destroy}, {25, do_pin},	      {35, do_unpin},
+    {60, do_read},	{200, do_vcpu},	   {25, do_vcpu_destroy}, {25, do_pin},	      {35, do_unpin},
     {15, do_pin_write}, {20, do_log_open}, {60, do_collect},	  {12, do_log_close}, {15, do_mark_dirty},
     {10, do_create},	{30, do_clone},	   {30, do_destroy},	  {120, do_step},     {5, do_tune},
 };
@@ -1094,7 +1101,7 @@ static void make_file(struct run *r, int i)
 
 static void start(struct run *r, uint64_t seed)
 {
-	struct kage_engine_config c = {.size = sizeof(c), .seed = seed + 1};
+	struct kage_engine_config c = {.size = sizeof(c), .seed = seed + 1, .log = log_line};
 
 	*r = (struct run){.rng = rng_seed(seed), .seed = seed, .verbose = env_number("KAGE_VERBOSE", 0)};
 	r->reach = 1 + rng_below(&r->rng, AREAS);

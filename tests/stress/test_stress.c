@@ -56,9 +56,16 @@ void audit_engine(void)
 	atomic_fetch_add(&world.audits, 1);
 }
 
+static void log_line(void *opaque, int level, const char *line)
+{
+	fprintf(stderr, "log: %s\n", line);
+}
+
 static void start(void)
 {
-	EXPECT(kage_engine_create(KAGE_CFG(kage_engine_config, .seed = world.seed), &world.engine), KAGE_OK);
+	EXPECT(kage_engine_create(KAGE_CFG(kage_engine_config, .seed = world.seed, .log = log_line),
+				  &world.engine),
+	       KAGE_OK);
 	for (unsigned i = 0; i < GUESTS; i++) {
 		world.guest[i].id = i;
 		build_guest(&world.guest[i]);

@@ -457,15 +457,20 @@ END_TEST
 START_TEST(dirty_half_makes_a_dirty_run)
 {
 	struct piece p = { .order = 0 };
-	pfn_t pfn;
+	pfn_t pfn[2];
 
 	start(KAGE_BACKING_ANON, 0);
-	/* The buddy gets the dirty frame first, then its clean neighbours from the cache. */
-	ck_assert_int_eq(arena_alloc(pool, 0, 0, FRAME_PRIVATE, 0, &pfn), 0);
-	memset(pfn_hva(pool, pfn), 0x77, 4096);
-	pfn_frame(pool, pfn)->refs = 0;
-	pool_release(pool, pfn, 0);
-	ck_assert_uint_eq(pool_reap(pool), 1);
+	/* The second fills the cache. The buddy gets the dirty frames first, then their clean neighbours. */
+	for (int i = 0; i < 2; i++) {
+		ck_assert_int_eq(arena_alloc(pool, 0, 0, FRAME_PRIVATE, 0, &pfn[i]), 0);
+		memset(pfn_hva(pool, pfn[i]), 0x77, 4096);
+	}
+	for (int i = 0; i < 2; i++) {
+		pfn_frame(pool, pfn[i])->refs = 0;
+		pool_release(pool, pfn[i], 0);
+	}
+	ck_assert_uint_eq(pool_reap(pool), 2);
+	ck_assert_uint_lt(domain_find(pool, 0)->arena.free, BLOCK_PAGES);
 	magazine_drain_all(&domain_find(pool, 0)->arena);
 	ck_assert_uint_eq(domain_find(pool, 0)->arena.free, BLOCK_PAGES);
 	take(&p, 9, FRAME_PRIVATE, ARENA_ZERO);
