@@ -185,8 +185,8 @@ static int access_long(struct access *a, size_t len)
 static int access_slow(struct kage_vcpu *v, uint64_t gva, void *buf, size_t len, unsigned kind,
 		       struct kage_fault *fault)
 {
-	struct kage_fault found = { .gva = gva, .access = 1u << kind };
-	struct access a = { .v = v, .gva = gva, .buf = buf, .len = len, .kind = kind, .fault = &found };
+	struct kage_fault found = {.gva = gva, .access = 1u << kind};
+	struct access a = {.v = v, .gva = gva, .buf = buf, .len = len, .kind = kind, .fault = &found};
 	int r;
 
 	if (!v || !buf || !len)
@@ -203,7 +203,8 @@ static inline bool access_quick(struct kage_vcpu *v, uint64_t gva, void *buf, si
 	struct kage_tlb_entry *e;
 	uint64_t win;
 
-	if (unlikely(!v || len > 8 || (len & (len - 1)) || !len || !buf || (gva & (PAGE_SIZE - 1)) > PAGE_SIZE - len))
+	if (unlikely(!v || len > 8 || (len & (len - 1)) || !len || !buf ||
+		     (gva & (PAGE_SIZE - 1)) > PAGE_SIZE - len))
 		return false;
 	if (!tlb_probe(v, gva, len, kind) && !tlb_refill(v, gva, kind))
 		return false;
@@ -224,9 +225,11 @@ int kage_vcpu_load_slow(struct kage_vcpu *v, uint64_t gva, void *buf, size_t len
 	return access_quick(v, gva, buf, len, 0) ? KAGE_OK : access_slow(v, gva, buf, len, 0, fault);
 }
 
-int kage_vcpu_store_slow(struct kage_vcpu *v, uint64_t gva, const void *buf, size_t len, struct kage_fault *fault)
+int kage_vcpu_store_slow(struct kage_vcpu *v, uint64_t gva, const void *buf, size_t len,
+			 struct kage_fault *fault)
 {
-	return access_quick(v, gva, (void *)buf, len, 1) ? KAGE_OK : access_slow(v, gva, (void *)buf, len, 1, fault);
+	return access_quick(v, gva, (void *)buf, len, 1) ? KAGE_OK
+							 : access_slow(v, gva, (void *)buf, len, 1, fault);
 }
 
 int kage_vcpu_fetch_slow(struct kage_vcpu *v, uint64_t gva, void *buf, size_t len, struct kage_fault *fault)
@@ -271,12 +274,13 @@ static struct kage_tlb_entry *probe_all(struct kage_vcpu *v, uint64_t gva, size_
 int kage_vcpu_ptr(struct kage_vcpu *v, uint64_t gva, size_t len, uint32_t access, void **ptr,
 		  struct kage_fault *fault)
 {
-	struct kage_fault found = { .gva = gva, .access = access };
-	struct access a = { .v = v, .gva = gva, .len = len, .fault = &found };
+	struct kage_fault found = {.gva = gva, .access = access};
+	struct access a = {.v = v, .gva = gva, .len = len, .fault = &found};
 	struct kage_tlb_entry *e;
 
 	if (!v || !ptr || !len || !access || (access & ~(uint32_t)(KAGE_READ | KAGE_WRITE)) ||
-	    len > PAGE_SIZE - (gva & (PAGE_SIZE - 1)) || !atomic_load_explicit(&v->cpu.enter_thread, memory_order_relaxed))
+	    len > PAGE_SIZE - (gva & (PAGE_SIZE - 1)) ||
+	    !atomic_load_explicit(&v->cpu.enter_thread, memory_order_relaxed))
 		return -EINVAL;
 	while (!(e = probe_all(v, gva, len, access))) {
 		int r = KAGE_OK;
@@ -296,7 +300,7 @@ int kage_vcpu_ptr(struct kage_vcpu *v, uint64_t gva, size_t len, uint32_t access
 
 int kage_vcpu_translate(struct kage_vcpu *v, uint64_t gva, uint32_t access, struct kage_fault *fault)
 {
-	struct kage_fault found = { .gva = gva, .access = access };
+	struct kage_fault found = {.gva = gva, .access = access};
 	uint64_t win;
 	int r;
 

@@ -63,11 +63,21 @@ int kage_vcpu_flush(struct kage_vcpu *v, const struct kage_flush *flush)
 	config_copy(&f, flush, sizeof(f));
 	win = slow_begin(v);
 	switch (f.kind) {
-	case KAGE_FLUSH_ALL: r = flush_all(v); break;
-	case KAGE_FLUSH_PAGE: r = flush_page(v, f.gva); break;
-	case KAGE_FLUSH_ASID: r = flush_asid(v, f.asid); break;
-	case KAGE_FLUSH_CR3: r = flush_cr3(v, f.value); break;
-	default: r = -EINVAL; break;
+	case KAGE_FLUSH_ALL:
+		r = flush_all(v);
+		break;
+	case KAGE_FLUSH_PAGE:
+		r = flush_page(v, f.gva);
+		break;
+	case KAGE_FLUSH_ASID:
+		r = flush_asid(v, f.asid);
+		break;
+	case KAGE_FLUSH_CR3:
+		r = flush_cr3(v, f.value);
+		break;
+	default:
+		r = -EINVAL;
+		break;
 	}
 	slow_end(v, win);
 	return r;

@@ -19,8 +19,14 @@
 #include <sys/mman.h>
 #include "vcpu.h"
 
-static uint64_t page_of(uint64_t gva) { return gva & ~(PAGE_SIZE - 1); }
-static uint64_t large_of(uint64_t gva) { return gva & ~(((uint64_t)1 << TLB_LARGE_SHIFT) - 1); }
+static uint64_t page_of(uint64_t gva)
+{
+	return gva & ~(PAGE_SIZE - 1);
+}
+static uint64_t large_of(uint64_t gva)
+{
+	return gva & ~(((uint64_t)1 << TLB_LARGE_SHIFT) - 1);
+}
 
 static struct kage_tlb_entry *l1_slot(struct kage_vcpu *v, uint64_t gva)
 {
@@ -125,7 +131,7 @@ static struct shadow_mode normal_mode(const struct shadow_mode *mode)
 	struct shadow_mode m = *mode;
 
 	if (!m.format)
-		return (struct shadow_mode){ 0 };
+		return (struct shadow_mode){0};
 	if (m.x86.user)
 		m.x86.wp = m.x86.smep = m.x86.smap = false;
 	if (!m.x86.smap)
@@ -158,7 +164,7 @@ static struct ctx_set *find_set(struct kage_vcpu *v, const struct shadow_mode *m
 		if (set->stamp < oldest->stamp)
 			oldest = set;
 	}
-	*oldest = (struct ctx_set){ .used = true, .mode = *mode };
+	*oldest = (struct ctx_set){.used = true, .mode = *mode};
 	return oldest;
 }
 
@@ -181,7 +187,8 @@ static void unpark_locked(struct kage_vcpu *v)
 	if (likely(atomic_load_explicit(&v->cpu.running, memory_order_relaxed)))
 		return;
 	atomic_store_explicit(&v->cpu.running, 1, memory_order_relaxed);
-	atomic_thread_fence(memory_order_seq_cst); /* pairs with tlb_drop()'s lock and the fence in shootdown() */
+	atomic_thread_fence(
+	    memory_order_seq_cst); /* pairs with tlb_drop()'s lock and the fence in shootdown() */
 	publish(v);
 }
 
@@ -203,7 +210,8 @@ void tlb_park(struct kage_vcpu *v)
 
 /* -- filling -------------------------------------------------------------------- */
 
-static void set_entry(struct kage_vcpu *v, struct kage_tlb_entry *e, uint64_t tag, uint64_t addend, uint32_t rights)
+static void set_entry(struct kage_vcpu *v, struct kage_tlb_entry *e, uint64_t tag, uint64_t addend,
+		      uint32_t rights)
 {
 	for (unsigned k = 0; k < TLB_KINDS; k++)
 		WRITE_ONCE(e->tag[k], rights & (1u << k) ? tag | v->ctx[k] : 0);
@@ -235,8 +243,9 @@ static bool refill_locked(struct kage_vcpu *v, uint64_t gva, unsigned kind)
 		from = large_slot(v, gva);
 		if (from->tag[kind] == (large_of(gva) | v->ctx[kind])) {
 			for (unsigned k = 0; k < TLB_KINDS; k++)
-				WRITE_ONCE(to->tag[k], from->tag[k] == (large_of(gva) | v->ctx[k]) ?
-							       page_of(gva) | v->ctx[k] : 0);
+				WRITE_ONCE(to->tag[k], from->tag[k] == (large_of(gva) | v->ctx[k])
+							   ? page_of(gva) | v->ctx[k]
+							   : 0);
 			WRITE_ONCE(to->addend, from->addend);
 			return true;
 		}
@@ -318,7 +327,7 @@ static bool soft_drop(struct shadow_cpu *cpu, const struct shadow_drop *d, unsig
 
 void tlb_drop_page(struct kage_vcpu *v, uint64_t gva)
 {
-	const struct shadow_drop d = { .gva = gva, .npages = 1, .kinds = KAGE_RWX };
+	const struct shadow_drop d = {.gva = gva, .npages = 1, .kinds = KAGE_RWX};
 
 	lock_take(&v->tlb_lock);
 	lose_range(v, &d);
@@ -338,7 +347,7 @@ static void audit_entry(struct kage_vcpu *v, const struct kage_tlb_entry *e, boo
 {
 	for (unsigned i = 0; i < TLB_SETS; i++) {
 		const struct ctx_set *set = &v->set[i];
-		struct shadow_fill f = { .large = large };
+		struct shadow_fill f = {.large = large};
 
 		for (unsigned k = 0; set->used && k < TLB_KINDS; k++) {
 			if (!set->id[k] || (e->tag[k] & TLB_PARKED) != set->id[k])
@@ -366,14 +375,14 @@ static void soft_audit(struct shadow_cpu *cpu, struct audit *a)
 }
 
 const struct shadow_cpu_ops soft_ops = {
-	.fill = soft_fill,
-	.drop = soft_drop,
-	.audit = soft_audit,
+    .fill = soft_fill,
+    .drop = soft_drop,
+    .audit = soft_audit,
 };
 
 const struct shadow_cpu_ops soft_ops_code = {
-	.fill = soft_fill,
-	.drop = soft_drop,
-	.code_written = soft_code_written,
-	.audit = soft_audit,
+    .fill = soft_fill,
+    .drop = soft_drop,
+    .code_written = soft_code_written,
+    .audit = soft_audit,
 };

@@ -11,10 +11,10 @@
  */
 #include "vcpu.h"
 
-#define FEATURES_KNOWN 0x7fu
-#define FEATURES_DEFAULT (KAGE_X86_NX | KAGE_X86_PAGE1GB | KAGE_X86_SMEP | KAGE_X86_SMAP | KAGE_X86_PCID)
+#define FEATURES_KNOWN	  0x7fu
+#define FEATURES_DEFAULT  (KAGE_X86_NX | KAGE_X86_PAGE1GB | KAGE_X86_SMEP | KAGE_X86_SMAP | KAGE_X86_PCID)
 #define PHYS_BITS_DEFAULT 46
-#define TLB_BITS_DEFAULT 14
+#define TLB_BITS_DEFAULT  14
 
 static int fill_defaults(struct kage_vcpu_config *c)
 {
@@ -34,7 +34,8 @@ static int fill_defaults(struct kage_vcpu_config *c)
 	return 0;
 }
 
-static int vcpu_init(struct kage_vcpu *v, struct kage_vm *vm, const struct kage_vcpu_config *c, struct shadow *s)
+static int vcpu_init(struct kage_vcpu *v, struct kage_vm *vm, const struct kage_vcpu_config *c,
+		     struct shadow *s)
 {
 	int r;
 
@@ -50,13 +51,13 @@ static int vcpu_init(struct kage_vcpu *v, struct kage_vm *vm, const struct kage_
 	r = tlb_init(v, c->tlb_bits);
 	if (r)
 		return r;
-	tlb_select(v, &(struct shadow_mode){ 0 });
+	tlb_select(v, &(struct shadow_mode){0});
 	return shadow_attach(s, &v->cpu);
 }
 
 int kage_vcpu_create(struct kage_vm *vm, const struct kage_vcpu_config *config, struct kage_vcpu **out)
 {
-	struct kage_vcpu_config c = { .size = sizeof(c) };
+	struct kage_vcpu_config c = {.size = sizeof(c)};
 	struct kage_vcpu *v;
 	struct shadow *s;
 	int r;
@@ -137,16 +138,16 @@ int kage_vcpu_set_regs(struct kage_vcpu *v, const void *arch_regs, size_t size)
 int kage_vcpu_layout(struct kage_tlb_layout *layout)
 {
 	struct kage_tlb_layout known = {
-		.size = sizeof(known),
-		.abi = KAGE_VCPU_ABI,
-		.win_offset = offsetof(struct kage_vcpu_head, win),
-		.ctx_offset = offsetof(struct kage_vcpu_head, ctx),
-		.wanted_offset = offsetof(struct kage_vcpu_head, wanted),
-		.tlb_offset = offsetof(struct kage_vcpu_head, tlb),
-		.entry_size = sizeof(struct kage_tlb_entry),
-		.entries = KAGE_TLB_ENTRIES,
-		.tag_offset = offsetof(struct kage_tlb_entry, tag),
-		.addend_offset = offsetof(struct kage_tlb_entry, addend),
+	    .size = sizeof(known),
+	    .abi = KAGE_VCPU_ABI,
+	    .win_offset = offsetof(struct kage_vcpu_head, win),
+	    .ctx_offset = offsetof(struct kage_vcpu_head, ctx),
+	    .wanted_offset = offsetof(struct kage_vcpu_head, wanted),
+	    .tlb_offset = offsetof(struct kage_vcpu_head, tlb),
+	    .entry_size = sizeof(struct kage_tlb_entry),
+	    .entries = KAGE_TLB_ENTRIES,
+	    .tag_offset = offsetof(struct kage_tlb_entry, tag),
+	    .addend_offset = offsetof(struct kage_tlb_entry, addend),
 	};
 	int r;
 

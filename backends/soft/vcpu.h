@@ -33,13 +33,13 @@
 #include "api/vm.h"
 #include "shadow/shadow.h"
 
-#define TLB_PARKED 0xfffu
-#define TLB_LARGE 256
+#define TLB_PARKED	0xfffu
+#define TLB_LARGE	256
 #define TLB_LARGE_SHIFT 21
-#define TLB_SETS 16
-#define TLB_KINDS 3
+#define TLB_SETS	16
+#define TLB_KINDS	3
 
-_Static_assert(BLOCK_PAGES * PAGE_SIZE == 1u << TLB_LARGE_SHIFT, "a large page is the engine's block");
+_Static_assert(BLOCK_PAGES *PAGE_SIZE == 1u << TLB_LARGE_SHIFT, "a large page is the engine's block");
 _Static_assert(KAGE_READ == 1 << 0 && KAGE_WRITE == 1 << 1 && KAGE_EXEC == 1 << 2, "kind n is access 1 << n");
 
 struct ctx_set {
@@ -55,8 +55,8 @@ struct kage_vcpu {
 	struct shadow_cpu cpu;
 	struct kage_vm *vm;
 	struct lock tlb_lock;
-	bool fast;             /* V4 does not apply */
-	bool large_used;       /* since the last wipe */
+	bool fast;		 /* V4 does not apply */
+	bool large_used;	 /* since the last wipe */
 	uint64_t ctx[TLB_KINDS]; /* of the current set; head.ctx while running */
 	struct kage_tlb_entry *l2;
 	uint64_t l2_mask;
@@ -120,30 +120,33 @@ struct shadow_mode x86_mode_of(const struct kage_vcpu *v);
 /* Do the registers' changes flush? (SDM vol. 3A 4.10.4.1) `noflush`: bit 63 of a MOV to CR3. */
 bool x86_flushes(const struct kage_x86_regs *old, const struct kage_x86_regs *new, bool noflush);
 
-#define CR0_PE ((uint64_t)1 << 0)
-#define CR0_WP ((uint64_t)1 << 16)
-#define CR0_NW ((uint64_t)1 << 29)
-#define CR0_CD ((uint64_t)1 << 30)
-#define CR0_PG ((uint64_t)1 << 31)
+#define CR0_PE	    ((uint64_t)1 << 0)
+#define CR0_WP	    ((uint64_t)1 << 16)
+#define CR0_NW	    ((uint64_t)1 << 29)
+#define CR0_CD	    ((uint64_t)1 << 30)
+#define CR0_PG	    ((uint64_t)1 << 31)
 #define CR3_NOFLUSH ((uint64_t)1 << 63)
-#define CR4_PAE ((uint64_t)1 << 5)
-#define CR4_PGE ((uint64_t)1 << 7)
-#define CR4_LA57 ((uint64_t)1 << 12)
-#define CR4_PCIDE ((uint64_t)1 << 17)
-#define CR4_SMEP ((uint64_t)1 << 20)
-#define CR4_SMAP ((uint64_t)1 << 21)
-#define CR4_PKE ((uint64_t)1 << 22)
-#define CR4_CET ((uint64_t)1 << 23)
-#define CR4_PKS ((uint64_t)1 << 24)
+#define CR4_PAE	    ((uint64_t)1 << 5)
+#define CR4_PGE	    ((uint64_t)1 << 7)
+#define CR4_LA57    ((uint64_t)1 << 12)
+#define CR4_PCIDE   ((uint64_t)1 << 17)
+#define CR4_SMEP    ((uint64_t)1 << 20)
+#define CR4_SMAP    ((uint64_t)1 << 21)
+#define CR4_PKE	    ((uint64_t)1 << 22)
+#define CR4_CET	    ((uint64_t)1 << 23)
+#define CR4_PKS	    ((uint64_t)1 << 24)
 #define CR4_LAM_SUP ((uint64_t)1 << 28)
-#define EFER_LME ((uint64_t)1 << 8)
-#define EFER_LMA ((uint64_t)1 << 10)
-#define EFER_NXE ((uint64_t)1 << 11)
-#define RFLAGS_AC ((uint64_t)1 << 18)
+#define EFER_LME    ((uint64_t)1 << 8)
+#define EFER_LMA    ((uint64_t)1 << 10)
+#define EFER_NXE    ((uint64_t)1 << 11)
+#define RFLAGS_AC   ((uint64_t)1 << 18)
 
 /* -- vcpu.c ---------------------------------------------------------------- */
 
-static inline struct kage_vcpu *vcpu_of(struct shadow_cpu *cpu) { return container_of(cpu, struct kage_vcpu, cpu); }
+static inline struct kage_vcpu *vcpu_of(struct shadow_cpu *cpu)
+{
+	return container_of(cpu, struct kage_vcpu, cpu);
+}
 /* New registers are in place: switches root and context. */
 void vcpu_switch(struct kage_vcpu *v);
 

@@ -10,8 +10,8 @@
  */
 #include "vcpu.h"
 
-#define CR0_KNOWN 0xe005003full
-#define CR4_KNOWN 0x3ff7fffull /* bits 0 to 25 but the reserved bit 15 and what is refused below */
+#define CR0_KNOWN  0xe005003full
+#define CR4_KNOWN  0x3ff7fffull /* bits 0 to 25 but the reserved bit 15 and what is refused below */
 #define EFER_KNOWN 0x0020fd01ull
 
 static int check_cr0(const struct kage_x86_regs *r)
@@ -29,8 +29,8 @@ static int check_cr4(const struct kage_vcpu *v, const struct kage_x86_regs *r)
 		uint64_t bit;
 		uint32_t feature;
 	} needs[] = {
-		{ CR4_LA57, KAGE_X86_LA57 }, { CR4_PCIDE, KAGE_X86_PCID }, { CR4_SMEP, KAGE_X86_SMEP },
-		{ CR4_SMAP, KAGE_X86_SMAP }, { CR4_PKE, KAGE_X86_PKU },
+	    {CR4_LA57, KAGE_X86_LA57}, {CR4_PCIDE, KAGE_X86_PCID}, {CR4_SMEP, KAGE_X86_SMEP},
+	    {CR4_SMAP, KAGE_X86_SMAP}, {CR4_PKE, KAGE_X86_PKU},
 	};
 
 	if (r->cr4 & (CR4_CET | CR4_PKS | CR4_LAM_SUP))
@@ -88,22 +88,22 @@ struct shadow_mode x86_mode_of(const struct kage_vcpu *v)
 	uint64_t low = PAGE_SIZE - 1;
 
 	if (!(r->cr0 & CR0_PG))
-		return (struct shadow_mode){ 0 };
+		return (struct shadow_mode){0};
 	return (struct shadow_mode){
-		.format = r->cr4 & CR4_LA57 ? &pt_x86_5 : &pt_x86_4,
-		.params = { .phys_bits = (uint8_t)v->phys_bits,
-			    .nx = r->efer & EFER_NXE,
-			    .page1g = v->features & KAGE_X86_PAGE1GB },
-		.x86 = { .wp = r->cr0 & CR0_WP,
-			 .smep = r->cr4 & CR4_SMEP,
-			 .smap = r->cr4 & CR4_SMAP,
-			 .pke = r->cr4 & CR4_PKE,
-			 .nxe = r->efer & EFER_NXE,
-			 .user = r->cpl == 3,
-			 .ac = r->rflags & RFLAGS_AC,
-			 .pkru = r->pkru },
-		.pcid = r->cr4 & CR4_PCIDE,
-		.root = r->cr3 & (((uint64_t)1 << v->phys_bits) - 1) & ~low,
+	    .format = r->cr4 & CR4_LA57 ? &pt_x86_5 : &pt_x86_4,
+	    .params = {.phys_bits = (uint8_t)v->phys_bits,
+		       .nx = r->efer & EFER_NXE,
+		       .page1g = v->features & KAGE_X86_PAGE1GB},
+	    .x86 = {.wp = r->cr0 & CR0_WP,
+		    .smep = r->cr4 & CR4_SMEP,
+		    .smap = r->cr4 & CR4_SMAP,
+		    .pke = r->cr4 & CR4_PKE,
+		    .nxe = r->efer & EFER_NXE,
+		    .user = r->cpl == 3,
+		    .ac = r->rflags & RFLAGS_AC,
+		    .pkru = r->pkru},
+	    .pcid = r->cr4 & CR4_PCIDE,
+	    .root = r->cr3 & (((uint64_t)1 << v->phys_bits) - 1) & ~low,
 	};
 }
 

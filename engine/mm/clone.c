@@ -45,7 +45,7 @@ static int copy_page(struct clone *k, struct cursor *c, gfn_t gfn)
 		return r;
 	guest_copy(pfn_hva(pool, pfn), pfn_hva(pool, entry_pfn(c->entry)), PAGE_SIZE);
 	atomic_store_explicit(&pfn_frame(pool, pfn)->where, frame_where(k->child_layer->id, gfn), memory_order_relaxed);
-	k->child_layer->used = true;
+	layer_use(k->child_layer);
 	w = table_lock(child->family, 0, gfn);
 	entry_store(c->slot, entry_leaf(pfn, ENTRY_W));
 	if (!(c->entry & ENTRY_SPECIAL))
@@ -162,6 +162,7 @@ static void clone_commit(struct change *c)
 	} else {
 		layer_beside(old, k->child_layer, child);
 	}
+	parent->cloned = child->cloned = true;
 	regions_replace(parent, k->parent_set);
 	child->regions = k->child_set;
 	list_add_tail(&f->mms, &child->node);

@@ -44,8 +44,7 @@ static int frame_alloc(struct mm *mm, gfn_t gfn, unsigned flags, pfn_t *out)
 		r = arena_alloc(pool, mm->domain, 0, FRAME_PRIVATE, flags, out);
 	if (r)
 		return r;
-	if (!READ_ONCE(mm->layer->used))
-		WRITE_ONCE(mm->layer->used, true);
+	layer_use(mm->layer);
 	atomic_store_explicit(&pfn_frame(pool, *out)->where, frame_where(mm->layer->id, gfn), memory_order_relaxed);
 	return 0;
 }

@@ -149,7 +149,8 @@ static void layer_splice(struct layer *l)
 	l->into = child;
 	l->parent = child->aliases;
 	child->aliases = l;
-	child->used |= l->used;
+	if (l->used)
+		atomic_store(&child->used, true);
 }
 
 void layer_leave(struct host *h, struct layer *l)

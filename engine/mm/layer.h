@@ -30,7 +30,7 @@
 
 struct layer {
 	uint32_t id;
-	bool used;              /* a frame carries its id */
+	_Atomic bool used;      /* a frame carries its id; only ever set */
 	struct family *family;
 	struct layer *parent;
 	struct layer *into;     /* spliced out: the layer that answers for this id */
@@ -38,6 +38,13 @@ struct layer {
 	struct list children, sibling;
 	struct mm *mm;
 };
+
+/* A frame gets its id. Faults do this all the time: no store if it is set. */
+static inline void layer_use(struct layer *l)
+{
+	if (!atomic_load_explicit(&l->used, memory_order_relaxed))
+		atomic_store_explicit(&l->used, true, memory_order_relaxed);
+}
 
 struct layer_table;
 int layer_table_init(struct host *h);

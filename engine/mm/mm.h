@@ -135,6 +135,7 @@ struct mm {
 	struct layer *layer;
 	uint64_t id;
 	uint32_t domain;
+	bool cloned; /* it has been, or is a clone: new homes stay sparse. Changes under range held for writing */
 	struct list node; /* in family->mms */
 	struct brlock range;
 	struct lock pin_lock;

@@ -138,15 +138,14 @@ struct extent *region_home(struct mm *mm, const struct region *r)
 {
 	struct region *reg = (struct region *)r; /* the one field that is filled in later */
 	struct extent *e = load_acquire(&reg->extent), *none = NULL;
-	bool first = mm->layer->parent == NULL && !mm->layer->aliases;
 
 	if (e)
 		return e;
 	if (extent_create(mm->host->pool, mm->domain, r->start, r->npages,
-			  first && !(r->flags & (KAGE_REGION_NOHUGE | KAGE_REGION_TRAP)), &e))
+			  !mm->cloned && !(r->flags & (KAGE_REGION_NOHUGE | KAGE_REGION_TRAP)), &e))
 		return NULL;
 	e->layer = mm->layer->id;
-	WRITE_ONCE(mm->layer->used, true);
+	layer_use(mm->layer);
 	if (atomic_compare_exchange_strong(&reg->extent, &none, e))
 		return e;
 	extent_put(e, 1);

@@ -17,19 +17,17 @@
 #include "mm/stable.h"
 #include "mm/table.h"
 
-/* Slots already visited. Few as a rule: a small array, then a larger one from the embedder's memory. */
+/* Slots already visited: a hash set. Few as a rule: a small array, then a larger one from the embedder's memory. */
 struct seen {
 	struct env *env;
-	uint64_t count, room;
+	uint64_t count, room; /* room: a power of two, more than count */
 	entry_t **slot;
 	entry_t *first[32];
 };
 
 static void seen_init(struct seen *s, struct env *env)
 {
-	s->env = env;
-	s->count = 0;
-	s->room = ARRAY_SIZE(s->first);
+	*s = (struct seen){ .env = env, .room = ARRAY_SIZE(s->first) };
 	s->slot = s->first;
 }
 
@@ -39,23 +37,46 @@ static void seen_finish(struct seen *s)
 		env_free(s->env, s->slot, s->room * sizeof(*s->slot));
 }
 
+/* Where it is, or the empty place where it belongs. */
+static entry_t **seen_at(entry_t **set, uint64_t room, const entry_t *slot)
+{
+	uint64_t i = (uint64_t)(uintptr_t)slot * 0x9e3779b97f4a7c15u >> 32;
+
+	while (set[i & (room - 1)] && set[i & (room - 1)] != slot)
+		i++;
+	return &set[i & (room - 1)];
+}
+
+static int seen_grow(struct seen *s)
+{
+	uint64_t room = 4 * s->room;
+	entry_t **set = env_alloc(s->env, room * sizeof(*set));
+
+	if (!set)
+		return -ENOMEM;
+	for (uint64_t i = 0; i < s->room; i++)
+		if (s->slot[i])
+			*seen_at(set, room, s->slot[i]) = s->slot[i];
+	seen_finish(s);
+	s->slot = set;
+	s->room = room;
+	return 0;
+}
+
 /* 1: it was there; 0: added; -ENOMEM. */
 static int seen_add(struct seen *s, entry_t *slot)
 {
-	for (uint64_t i = 0; i < s->count; i++)
-		if (s->slot[i] == slot)
-			return 1;
-	if (s->count == s->room) {
-		entry_t **more = env_alloc(s->env, 2 * s->room * sizeof(*more));
+	entry_t **at = seen_at(s->slot, s->room, slot);
 
-		if (!more)
+	if (*at)
+		return 1;
+	if (2 * s->count >= s->room) {
+		if (seen_grow(s))
 			return -ENOMEM;
-		memcpy(more, s->slot, s->count * sizeof(*more));
-		seen_finish(s);
-		s->slot = more;
-		s->room *= 2;
+		at = seen_at(s->slot, s->room, slot);
 	}
-	s->slot[s->count++] = slot;
+	*at = slot;
+	s->count++;
 	return 0;
 }
 

@@ -8,27 +8,28 @@
  */
 #include "shadow/internal.h"
 
-#define CHECK(a, cond, ...)                                 \
-	do {                                                \
-		(a)->checks++;                              \
-		if (!(cond)) {                              \
-			(a)->violations++;                  \
-			if ((a)->report)                    \
-				(a)->report(a, __VA_ARGS__); \
-		}                                           \
+#define CHECK(a, cond, ...)                                                                                  \
+	do {                                                                                                 \
+		(a)->checks++;                                                                               \
+		if (!(cond)) {                                                                               \
+			(a)->violations++;                                                                   \
+			if ((a)->report)                                                                     \
+				(a)->report(a, __VA_ARGS__);                                                 \
+		}                                                                                            \
 	} while (0)
 
 #define LARGE_STEP 64 /* pages of a large leaf that are looked up: one in so many */
 
 static void audit_guest_side(struct shadow *s, struct shadow_page *p, unsigned i, struct audit *a)
 {
-	struct guest_entry g = { 0 };
+	struct guest_entry g = {0};
 	const uint64_t *table;
 	bool same;
 
 	if (p->role & ROLE_DIRECT) {
 		CHECK(a, p->side[i].gfn == p->gfn.v + i * level_pages(p->level),
-		      "shadow %u: direct entry %u maps gfn %#llx", p->id, i, (unsigned long long)p->side[i].gfn);
+		      "shadow %u: direct entry %u maps gfn %#llx", p->id, i,
+		      (unsigned long long)p->side[i].gfn);
 		return;
 	}
 	if (p->unsync)
@@ -40,7 +41,8 @@ static void audit_guest_side(struct shadow *s, struct shadow_page *p, unsigned i
 	CHECK(a, same, "shadow %u (table gfn %#llx level %u): entry %u is not what the guest's says", p->id,
 	      (unsigned long long)p->gfn.v, p->level, i);
 	if (same)
-		CHECK(a, !(p->spte[i] & ~g.bits & SPTE_GUEST) && !((p->spte[i] ^ g.bits) & (SPTE_U | SPTE_PKEY)),
+		CHECK(a,
+		      !(p->spte[i] & ~g.bits & SPTE_GUEST) && !((p->spte[i] ^ g.bits) & (SPTE_U | SPTE_PKEY)),
 		      "shadow %u: entry %u grants more than the guest's (%#llx, %#llx)", p->id, i,
 		      (unsigned long long)p->spte[i], (unsigned long long)g.bits);
 }
@@ -82,8 +84,8 @@ static void audit_leaf(struct shadow *s, struct shadow_page *p, unsigned i, stru
 	CHECK(a, c != NULL, "shadow %u: entry %u has no chunk", p->id, i);
 	CHECK(a, side->prev ? ref_side(s, side->prev)->next == REF(p, i) : head == REF(p, i),
 	      "shadow %u: entry %u is not in the chain of gfn %#llx", p->id, i, (unsigned long long)gfn.v);
-	CHECK(a, !side->next || ref_side(s, side->next)->prev == REF(p, i), "shadow %u: entry %u: next has another prev",
-	      p->id, i);
+	CHECK(a, !side->next || ref_side(s, side->next)->prev == REF(p, i),
+	      "shadow %u: entry %u: next has another prev", p->id, i);
 	CHECK(a, !(e & SPTE_HW) || !(n > 1 ? c->watched : chunk_tracked(c, gfn) || chunk_code(c, gfn)),
 	      "shadow %u: entry %u may write to watched gfn %#llx", p->id, i, (unsigned long long)gfn.v);
 }
@@ -93,9 +95,11 @@ static void audit_link(struct shadow *s, struct shadow_page *p, unsigned i, stru
 	const struct shadow_page *child = spte_child(s, p->spte[i]);
 
 	CHECK(a, child->used, "shadow %u: entry %u points to free page %u", p->id, i, child->id);
-	CHECK(a, child->level + 1 == p->level, "shadow %u: entry %u points to level %u", p->id, i, child->level);
-	CHECK(a, p->reach == REACH_NONE || child->reach == REACH_MANY ||
-		      (p->reach == REACH_ONE && child->reach == REACH_ONE && child->gva == entry_gva(p, i)),
+	CHECK(a, child->level + 1 == p->level, "shadow %u: entry %u points to level %u", p->id, i,
+	      child->level);
+	CHECK(a,
+	      p->reach == REACH_NONE || child->reach == REACH_MANY ||
+		  (p->reach == REACH_ONE && child->reach == REACH_ONE && child->gva == entry_gva(p, i)),
 	      "shadow %u: page %u below is reached at more than it knows", p->id, child->id);
 }
 
@@ -104,8 +108,9 @@ static void audit_parents(struct shadow *s, struct shadow_page *p, struct audit 
 	uint32_t n = 0;
 
 	for (ref_t r = p->parents, prev = 0; r && n <= p->nparents; prev = r, r = ref_side(s, r)->next, n++) {
-		CHECK(a, spte_is_link(ref_page(s, r)->spte[ref_idx(r)]) &&
-			      spte_child(s, ref_page(s, r)->spte[ref_idx(r)]) == p,
+		CHECK(a,
+		      spte_is_link(ref_page(s, r)->spte[ref_idx(r)]) &&
+			  spte_child(s, ref_page(s, r)->spte[ref_idx(r)]) == p,
 		      "shadow %u: a parent does not point to it", p->id);
 		CHECK(a, ref_side(s, r)->prev == prev, "shadow %u: chain of parents is broken", p->id);
 	}
@@ -134,7 +139,9 @@ static uint64_t audit_page(struct shadow *s, struct shadow_page *p, struct audit
 	CHECK(a, list_empty(&p->idle) == (p->nparents || p->roots), "shadow %u: wrongly idle or not", p->id);
 	CHECK(a, list_empty(&p->unsync_node) == !p->unsync, "shadow %u: wrongly unsync or not", p->id);
 	CHECK(a, page_find(s, p->gfn, p->role) == p, "shadow %u: not found by its hash", p->id);
-	CHECK(a, (p->role & ROLE_DIRECT) || (p->unsync && !p->syncing) || chunk_tracked(chunk_find(s, p->gfn), p->gfn),
+	CHECK(a,
+	      (p->role & ROLE_DIRECT) || (p->unsync && !p->syncing) ||
+		  chunk_tracked(chunk_find(s, p->gfn), p->gfn),
 	      "shadow %u: gfn %#llx is not watched", p->id, (unsigned long long)p->gfn.v);
 	audit_parents(s, p, a);
 	return leaves;
@@ -173,10 +180,10 @@ static uint64_t audit_chunk(struct shadow *s, struct chunk *c, struct audit *a)
 			CHECK(a, gfn_needs_watch(s, gfn), "gfn %#llx is watched for nothing",
 			      (unsigned long long)gfn.v);
 	}
-	CHECK(a, watched == c->watched, "chunk %#llx: %u bits counted, %u set", (unsigned long long)c->key, c->watched,
-	      watched);
-	CHECK(a, live + watched == c->live, "chunk %#llx: %u things counted, %u found", (unsigned long long)c->key,
-	      c->live, live + watched);
+	CHECK(a, watched == c->watched, "chunk %#llx: %u bits counted, %u set", (unsigned long long)c->key,
+	      c->watched, watched);
+	CHECK(a, live + watched == c->live, "chunk %#llx: %u things counted, %u found",
+	      (unsigned long long)c->key, c->live, live + watched);
 	return leaves;
 }
 
@@ -201,7 +208,8 @@ void shadow_audit(struct shadow *s, struct audit *a)
 	uint32_t n = 0, unsync = 0;
 
 	lock_take(&s->lock);
-	list_for_each(pos, &s->pages) {
+	list_for_each(pos, &s->pages)
+	{
 		struct shadow_page *p = container_of(pos, struct shadow_page, node);
 
 		leaves += audit_page(s, p, a);
@@ -210,9 +218,11 @@ void shadow_audit(struct shadow *s, struct audit *a)
 	}
 	CHECK(a, n == s->npages, "%u shadow pages counted, %u found", s->npages, n);
 	CHECK(a, unsync == s->nunsync, "%u unsync pages counted, %u found", s->nunsync, unsync);
-	CHECK(a, audit_chunks(s, a) == leaves, "rmap chains do not hold the %llu leaves", (unsigned long long)leaves);
+	CHECK(a, audit_chunks(s, a) == leaves, "rmap chains do not hold the %llu leaves",
+	      (unsigned long long)leaves);
 	CHECK(a, !s->nbatch && !s->batch_flush, "TLB work left over");
-	list_for_each(pos, &s->cpus) {
+	list_for_each(pos, &s->cpus)
+	{
 		struct shadow_cpu *cpu = container_of(pos, struct shadow_cpu, node);
 
 		CHECK(a, !cpu->root || (cpu->root->used && cpu->root->roots), "a vCPU's root is free");

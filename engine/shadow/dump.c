@@ -41,7 +41,8 @@ static bool continues(const struct shadow_page *p, unsigned first, unsigned i)
 	uint64_t step = a & SPTE_LARGE ? BLOCK_PAGES : 1;
 
 	return spte_is_leaf(a) && (b & ~SPTE_PFN) == (a & ~SPTE_PFN) &&
-	       spte_pfn(b).v == spte_pfn(a).v + (i - first) * step && p->side[i].gfn == p->side[first].gfn + (i - first) * step;
+	       spte_pfn(b).v == spte_pfn(a).v + (i - first) * step &&
+	       p->side[i].gfn == p->side[first].gfn + (i - first) * step;
 }
 
 static void dump_run(struct out *o, const struct shadow_page *p, unsigned i, unsigned n)
@@ -50,17 +51,25 @@ static void dump_run(struct out *o, const struct shadow_page *p, unsigned i, uns
 	char bits[9];
 
 	snprintf(bits, sizeof(bits), "%c%c%c%c%c%c%c", e & SPTE_W ? 'w' : '-', e & SPTE_U ? 'u' : '-',
-		 e & SPTE_X ? 'x' : '-', e & SPTE_D ? 'd' : '-', e & SPTE_HR ? 'R' : '-', e & SPTE_HW ? 'W' : '-',
-		 e & SPTE_HX ? 'X' : '-');
+		 e & SPTE_X ? 'x' : '-', e & SPTE_D ? 'd' : '-', e & SPTE_HR ? 'R' : '-',
+		 e & SPTE_HW ? 'W' : '-', e & SPTE_HX ? 'X' : '-');
 	if (o->json)
-		say(o, "%s{\"index\":%u,\"count\":%u,\"kind\":\"%s\",\"gfn\":%" PRIu64 ",\"%s\":%" PRIu64
+		say(o,
+		    "%s{\"index\":%u,\"count\":%u,\"kind\":\"%s\",\"gfn\":%" PRIu64 ",\"%s\":%" PRIu64
 		    ",\"bits\":\"%s\",\"pkey\":%u}",
-		    o->first ? "" : ",", i, n, e & SPTE_LINK ? "link" : e & SPTE_LARGE ? "large" : "leaf", p->side[i].gfn,
-		    e & SPTE_LINK ? "page" : "pfn", spte_pfn(e).v, bits, (unsigned)((e & SPTE_PKEY) >> SPTE_PKEY_SHIFT));
+		    o->first ? "" : ",", i, n,
+		    e & SPTE_LINK    ? "link"
+		    : e & SPTE_LARGE ? "large"
+				     : "leaf",
+		    p->side[i].gfn, e & SPTE_LINK ? "page" : "pfn", spte_pfn(e).v, bits,
+		    (unsigned)((e & SPTE_PKEY) >> SPTE_PKEY_SHIFT));
 	else
 		say(o, "  %3u+%-3u %s gfn %#" PRIx64 " -> %s %#" PRIx64 " %s pkey %u\n", i, n,
-		    e & SPTE_LINK ? "link " : e & SPTE_LARGE ? "large" : "leaf ", p->side[i].gfn,
-		    e & SPTE_LINK ? "page" : "pfn", spte_pfn(e).v, bits, (unsigned)((e & SPTE_PKEY) >> SPTE_PKEY_SHIFT));
+		    e & SPTE_LINK    ? "link "
+		    : e & SPTE_LARGE ? "large"
+				     : "leaf ",
+		    p->side[i].gfn, e & SPTE_LINK ? "page" : "pfn", spte_pfn(e).v, bits,
+		    (unsigned)((e & SPTE_PKEY) >> SPTE_PKEY_SHIFT));
 	o->first = false;
 }
 
@@ -81,19 +90,22 @@ static void dump_entries(struct out *o, const struct shadow_page *p)
 
 static void dump_page(struct out *o, const struct shadow_page *p, bool first)
 {
-	static const char *const reach[] = { "none", "one", "many" };
+	static const char *const reach[] = {"none", "one", "many"};
 	const char *sync = p->role & ROLE_DIRECT ? "direct" : p->unsync ? "unsync" : "synced";
 
 	if (!o->json) {
-		say(o, "page %u level %u gfn %#" PRIx64 " role %#x %s entries %u parents %u roots %u reach %s gva %#" PRIx64 "\n",
-		    p->id, p->level, p->gfn.v, p->role, sync, p->live, p->nparents, p->roots, reach[p->reach], p->gva);
+		say(o,
+		    "page %u level %u gfn %#" PRIx64
+		    " role %#x %s entries %u parents %u roots %u reach %s gva %#" PRIx64 "\n",
+		    p->id, p->level, p->gfn.v, p->role, sync, p->live, p->nparents, p->roots, reach[p->reach],
+		    p->gva);
 		dump_entries(o, p);
 		return;
 	}
-	say(o, "%s{\"page\":%u,\"level\":%u,\"gfn\":%" PRIu64 ",\"role\":%u,\"state\":\"%s\",", first ? "" : ",", p->id,
-	    p->level, p->gfn.v, p->role, sync);
-	say(o, "\"parents\":%u,\"roots\":%u,\"reach\":\"%s\",\"gva\":%" PRIu64 ",\"entries\":[", p->nparents, p->roots,
-	    reach[p->reach], p->gva);
+	say(o, "%s{\"page\":%u,\"level\":%u,\"gfn\":%" PRIu64 ",\"role\":%u,\"state\":\"%s\",",
+	    first ? "" : ",", p->id, p->level, p->gfn.v, p->role, sync);
+	say(o, "\"parents\":%u,\"roots\":%u,\"reach\":\"%s\",\"gva\":%" PRIu64 ",\"entries\":[", p->nparents,
+	    p->roots, reach[p->reach], p->gva);
 	dump_entries(o, p);
 	say(o, "]}");
 }
@@ -119,7 +131,7 @@ static int copy_page(struct shadow *s, uint32_t id, struct shadow_page *copy)
 
 int shadow_dump(struct shadow *s, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg)
 {
-	struct out o = { .put = put, .arg = arg, .json = json };
+	struct out o = {.put = put, .arg = arg, .json = json};
 	struct shadow_page *copy = env_alloc(s->env, sizeof(*copy));
 	bool first = true;
 	int found;
@@ -149,10 +161,11 @@ static int read_guest_memory(void *arg, uint64_t addr, unsigned bytes, uint64_t 
 	return mm_read(s->mm, GPA(addr), entry, bytes) ? -EFAULT : 0;
 }
 
-int shadow_dump_guest(struct shadow *s, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg)
+int shadow_dump_guest(struct shadow *s, bool json, int (*put)(void *arg, const char *text, size_t len),
+		      void *arg)
 {
-	struct shadow_mode mode = { 0 };
-	struct pt_dump d = { .json = json, .put = put, .put_arg = arg };
+	struct shadow_mode mode = {0};
+	struct pt_dump d = {.json = json, .put = put, .put_arg = arg};
 	bool found;
 
 	lock_take(&s->lock);
@@ -165,12 +178,12 @@ int shadow_dump_guest(struct shadow *s, bool json, int (*put)(void *arg, const c
 	if (!mode.format)
 		return 0;
 	d.walk = (struct pt_walk){
-		.format = mode.format,
-		.params = &mode.params,
-		.root = mode.root,
-		.root_level = mode.format->levels - 1u,
-		.read = read_guest_memory,
-		.arg = s,
+	    .format = mode.format,
+	    .params = &mode.params,
+	    .root = mode.root,
+	    .root_level = mode.format->levels - 1u,
+	    .read = read_guest_memory,
+	    .arg = s,
 	};
 	return pt_dump(&d, 0, UINT64_MAX); /* (0, 0) is an empty range to pt_walk() */
 }

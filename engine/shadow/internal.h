@@ -38,40 +38,50 @@
 
 typedef uint64_t spte_t;
 
-#define SPTE_P ((spte_t)1 << 0)
-#define SPTE_W ((spte_t)1 << 1) /* what the guest's entry grants */
-#define SPTE_U ((spte_t)1 << 2)
-#define SPTE_X ((spte_t)1 << 3)
-#define SPTE_D ((spte_t)1 << 4) /* the guest's dirty bit is set; links to tables: always */
-#define SPTE_LINK ((spte_t)1 << 5)
-#define SPTE_LARGE ((spte_t)1 << 6)
+#define SPTE_P		((spte_t)1 << 0)
+#define SPTE_W		((spte_t)1 << 1) /* what the guest's entry grants */
+#define SPTE_U		((spte_t)1 << 2)
+#define SPTE_X		((spte_t)1 << 3)
+#define SPTE_D		((spte_t)1 << 4) /* the guest's dirty bit is set; links to tables: always */
+#define SPTE_LINK	((spte_t)1 << 5)
+#define SPTE_LARGE	((spte_t)1 << 6)
 #define SPTE_PKEY_SHIFT 8
-#define SPTE_PKEY ((spte_t)15 << SPTE_PKEY_SHIFT)
-#define SPTE_PFN (ENTRY_PFN_MASK) /* leaf: pfn; link: id of the child */
-#define SPTE_HR ((spte_t)1 << 52) /* what the primary table grants; hX also means that code is watched */
-#define SPTE_HW ((spte_t)1 << 53)
-#define SPTE_HX ((spte_t)1 << 54)
-#define SPTE_NOAD ((spte_t)1 << 55) /* made while the guest entry could not be written (walk.c G2) */
-#define SPTE_GUEST (SPTE_W | SPTE_U | SPTE_X | SPTE_D | SPTE_PKEY)
-#define SPTE_HOST (SPTE_HR | SPTE_HW | SPTE_HX)
+#define SPTE_PKEY	((spte_t)15 << SPTE_PKEY_SHIFT)
+#define SPTE_PFN	(ENTRY_PFN_MASK) /* leaf: pfn; link: id of the child */
+/* What the primary table grants; hX also means that code is watched, if it has to be. */
+#define SPTE_HR		((spte_t)1 << 52)
+#define SPTE_HW		((spte_t)1 << 53)
+#define SPTE_HX		((spte_t)1 << 54)
+#define SPTE_NOAD	((spte_t)1 << 55) /* made while the guest entry could not be written (walk.c G2) */
+#define SPTE_GUEST	(SPTE_W | SPTE_U | SPTE_X | SPTE_D | SPTE_PKEY)
+#define SPTE_HOST	(SPTE_HR | SPTE_HW | SPTE_HX)
 _Static_assert(((SPTE_GUEST | SPTE_P | SPTE_LINK | SPTE_LARGE) & SPTE_PFN) == 0, "flags lie outside the pfn");
 _Static_assert(((SPTE_HOST | SPTE_NOAD) & SPTE_PFN) == 0 && PFN_BITS == 40, "the pfn ends at bit 51");
 
-static inline pfn_t spte_pfn(spte_t e) { return PFN((e & SPTE_PFN) >> PAGE_SHIFT); }
-static inline bool spte_is_leaf(spte_t e) { return (e & (SPTE_P | SPTE_LINK)) == SPTE_P; }
-static inline bool spte_is_link(spte_t e) { return (e & (SPTE_P | SPTE_LINK)) == (SPTE_P | SPTE_LINK); }
+static inline pfn_t spte_pfn(spte_t e)
+{
+	return PFN((e & SPTE_PFN) >> PAGE_SHIFT);
+}
+static inline bool spte_is_leaf(spte_t e)
+{
+	return (e & (SPTE_P | SPTE_LINK)) == SPTE_P;
+}
+static inline bool spte_is_link(spte_t e)
+{
+	return (e & (SPTE_P | SPTE_LINK)) == (SPTE_P | SPTE_LINK);
+}
 
 /* role: level and all that decides how the guest's entries are decoded. */
-#define ROLE_LEVEL 7u
-#define ROLE_FIVE (1u << 3)
-#define ROLE_NX (1u << 4)
-#define ROLE_PAGE1G (1u << 5)
+#define ROLE_LEVEL	7u
+#define ROLE_FIVE	(1u << 3)
+#define ROLE_NX		(1u << 4)
+#define ROLE_PAGE1G	(1u << 5)
 #define ROLE_PHYS_SHIFT 6
-#define ROLE_DIRECT (1u << 12)
+#define ROLE_DIRECT	(1u << 12)
 
 enum reach {
-	REACH_NONE,  /* no parent since it was last without one; no TLB holds what it maps */
-	REACH_ONE,   /* at page->gva only */
+	REACH_NONE, /* no parent since it was last without one; no TLB holds what it maps */
+	REACH_ONE,  /* at page->gva only */
 	REACH_MANY,
 };
 
@@ -79,28 +89,28 @@ typedef uint32_t ref_t;
 #define REF(page, idx) ((page)->id << LEVEL_BITS | (idx))
 
 struct side {
-	uint64_t gfn;     /* leaf: of the first page it maps */
+	uint64_t gfn;	  /* leaf: of the first page it maps */
 	ref_t prev, next; /* prev 0: the head of the chain points here */
 };
 
 struct shadow_page {
 	struct shadow_page *hash_next; /* or next in the list of free pages */
-	gfn_t gfn;       /* of the guest table; direct: first gfn mapped */
+	gfn_t gfn;		       /* of the guest table; direct: first gfn mapped */
 	uint32_t role;
-	uint32_t id;     /* for life */
-	ref_t parents;   /* chain of links that point here */
+	uint32_t id;   /* for life */
+	ref_t parents; /* chain of links that point here */
 	uint32_t nparents;
-	uint32_t roots;  /* vCPUs whose root it is */
-	uint32_t live;   /* entries present */
+	uint32_t roots;	 /* vCPUs whose root it is */
+	uint32_t live;	 /* entries present */
 	uint32_t writes; /* caught since it was last walked through */
-	uint32_t quiet;  /* unsync: syncs in a row that found nothing */
+	uint32_t quiet;	 /* unsync: syncs in a row that found nothing */
 	uint8_t level;
-	uint8_t reach;   /* enum reach */
-	bool used;       /* in the hash; else free */
-	bool unsync;     /* its gfn may be written; flushes re-read it */
-	bool foreign;    /* for ever so: somebody else writes that memory */
-	bool syncing;    /* being watched again; not yet relied on */
-	uint64_t gva;    /* REACH_ONE: of entry 0 */
+	uint8_t reach;	     /* enum reach */
+	bool used;	     /* in the hash; else free */
+	bool unsync;	     /* its gfn may be written; flushes re-read it */
+	bool foreign;	     /* for ever so: somebody else writes that memory */
+	bool syncing;	     /* being watched again; not yet relied on */
+	uint64_t gva;	     /* REACH_ONE: of entry 0 */
 	uint64_t write_gen;  /* older than the shadow's: hW bits are void */
 	uint64_t settle_seq; /* writers have stopped once flushed_seq >= this */
 	struct list node;    /* all pages in use, oldest first */
@@ -113,19 +123,22 @@ _Static_assert(sizeof(struct side) == 16, "a shadow page is 12 KiB for 2 MiB of 
 
 struct chunk {
 	struct chunk *hash_next;
-	uint64_t key;       /* gfn >> 9 */
-	uint64_t code_seq;  /* writers of code pages have stopped once flushed_seq >= this */
-	uint32_t live;      /* chains that are not empty, and bits set: 0 frees it */
-	uint32_t watched;   /* bits set in track and code */
-	ref_t large;        /* chain of the large leaves */
+	uint64_t key;	   /* gfn >> 9 */
+	uint64_t code_seq; /* writers of code pages have stopped once flushed_seq >= this */
+	uint32_t live;	   /* chains that are not empty, and bits set: 0 frees it */
+	uint32_t watched;  /* bits set in track and code */
+	ref_t large;	   /* chain of the large leaves */
 	uint64_t track[LEVEL_ENTRIES / 64];
 	uint64_t code[LEVEL_ENTRIES / 64];
 	ref_t head[LEVEL_ENTRIES];
 };
 
-static inline bool bit_test(const uint64_t *map, unsigned n) { return map[n / 64] >> (n % 64) & 1; }
+static inline bool bit_test(const uint64_t *map, unsigned n)
+{
+	return map[n / 64] >> (n % 64) & 1;
+}
 
-#define BATCH_MAX 16
+#define BATCH_MAX    16
 #define INFLIGHT_MAX 64 /* NOTIFY_CHANGES */
 _Static_assert(INFLIGHT_MAX >= NOTIFY_CHANGES, "every change in flight has a place");
 
@@ -150,7 +163,7 @@ struct shadow {
 	struct chunk **chunk_hash;
 	uint32_t page_bits, chunk_bits;
 	uint32_t page_ids, id_cap; /* ids given out; size of page_by_id */
-	uint32_t free_id;          /* given back: page_by_id[id] is next << 1 | 1 */
+	uint32_t free_id;	   /* given back: page_by_id[id] is next << 1 | 1 */
 	struct shadow_page *free_pages;
 	struct chunk *free_chunks;
 	uint32_t nfree_pages, nfree_chunks, npages, nchunks, ntables; /* ntables: not direct */
@@ -162,9 +175,9 @@ struct shadow {
 	struct shadow_drop batch[BATCH_MAX];
 	unsigned nbatch;
 	uint32_t batch_flush;
-	uint32_t direct_cpus; /* vCPUs with direct_used */
-	uint32_t code_cpus;   /* vCPUs that track code */
-	uint32_t breaking;    /* code_break() is at work: nobody gets to write meanwhile */
+	uint32_t direct_cpus;  /* vCPUs with direct_used */
+	uint32_t code_cpus;    /* vCPUs that track code */
+	uint32_t breaking;     /* code_break() is at work: nobody gets to write meanwhile */
 	struct lock code_lock; /* one code_break() at a time; outside the shadow lock */
 
 	uint64_t write_gen;
@@ -173,18 +186,19 @@ struct shadow {
 	struct inflight inflight[INFLIGHT_MAX];
 	unsigned ninflight;
 
+	uint64_t misses_retired; /* of vCPUs that are gone */
 	/* counters; _Atomic for readers without the lock */
 	_Atomic uint64_t installed, dropped, table_writes, flushes, shootdowns, window_waits;
 };
 
 #define shadow_count(s, name) atomic_fetch_add_explicit(&(s)->name, 1, memory_order_relaxed)
 /* The same where the shadow lock is held and every other writer holds it: no locked instruction. */
-#define shadow_count_locked(s, name)                                                              \
-	atomic_store_explicit(&(s)->name, atomic_load_explicit(&(s)->name, memory_order_relaxed) + 1, \
+#define shadow_count_locked(s, name)                                                                         \
+	atomic_store_explicit(&(s)->name, atomic_load_explicit(&(s)->name, memory_order_relaxed) + 1,        \
 			      memory_order_relaxed)
 
-/* Free pages and chunks that a walk may need: every level, a direct page below, the chunks they are tracked in. */
-#define NEED_PAGES (PT_MAX_LEVELS + 2)
+/* Free pages and chunks that a walk may need: every level, direct pages below, the chunks they are tracked in. */
+#define NEED_PAGES  (PT_MAX_LEVELS + 2)
 #define NEED_CHUNKS (PT_MAX_LEVELS + 3)
 
 void shadow_destroy(struct shadow *s); /* shadow.c; no vCPU is left */
@@ -192,16 +206,18 @@ void shadow_destroy(struct shadow *s); /* shadow.c; no vCPU is left */
 /* -- page.c ---------------------------------------------------------------- */
 
 bool pages_ready(const struct shadow *s);
-int pages_topup(struct shadow *s); /* takes the lock itself */
+int pages_topup(struct shadow *s);   /* takes the lock itself */
 void pages_shrink(struct shadow *s); /* zaps down to the limit */
 int pages_init(struct shadow *s);
 void pages_finish(struct shadow *s);
 void pages_trim(struct shadow *s); /* takes the lock itself */
 struct shadow_page *page_find(struct shadow *s, gfn_t gfn, uint32_t role);
 struct shadow_page *page_get(struct shadow *s, gfn_t gfn, uint32_t role);
-struct shadow_page *page_next_table(struct shadow *s, struct shadow_page *after, gfn_t gfn); /* after NULL: the first */
+/* The next page that shadows a table at gfn; `after` NULL: the first. */
+struct shadow_page *page_next_table(struct shadow *s, struct shadow_page *after, gfn_t gfn);
 void page_zap(struct shadow *s, struct shadow_page *p);
-void page_link(struct shadow *s, struct shadow_page *p, unsigned idx, spte_t guest, struct shadow_page *child);
+void page_link(struct shadow *s, struct shadow_page *p, unsigned idx, spte_t guest,
+	       struct shadow_page *child);
 void page_set_leaf(struct shadow *s, struct shadow_page *p, unsigned idx, spte_t e, gfn_t gfn);
 void page_drop(struct shadow *s, struct shadow_page *p, unsigned idx);
 void page_void_writes(struct shadow *s, struct shadow_page *p);
@@ -211,11 +227,26 @@ void page_root_put(struct shadow *s, struct shadow_cpu *cpu);
 void entry_lost(struct shadow *s, struct shadow_page *p, unsigned idx, uint32_t kinds);
 void entry_clear_write(struct shadow *s, struct shadow_page *p, unsigned idx);
 
-static inline struct shadow_page *page_of_id(const struct shadow *s, uint32_t id) { return s->page_by_id[id]; }
-static inline struct shadow_page *spte_child(const struct shadow *s, spte_t e) { return page_of_id(s, spte_pfn(e).v); }
-static inline struct shadow_page *ref_page(const struct shadow *s, ref_t r) { return page_of_id(s, r >> LEVEL_BITS); }
-static inline unsigned ref_idx(ref_t r) { return r & (LEVEL_ENTRIES - 1); }
-static inline struct side *ref_side(const struct shadow *s, ref_t r) { return &ref_page(s, r)->side[ref_idx(r)]; }
+static inline struct shadow_page *page_of_id(const struct shadow *s, uint32_t id)
+{
+	return s->page_by_id[id];
+}
+static inline struct shadow_page *spte_child(const struct shadow *s, spte_t e)
+{
+	return page_of_id(s, spte_pfn(e).v);
+}
+static inline struct shadow_page *ref_page(const struct shadow *s, ref_t r)
+{
+	return page_of_id(s, r >> LEVEL_BITS);
+}
+static inline unsigned ref_idx(ref_t r)
+{
+	return r & (LEVEL_ENTRIES - 1);
+}
+static inline struct side *ref_side(const struct shadow *s, ref_t r)
+{
+	return &ref_page(s, r)->side[ref_idx(r)];
+}
 
 /* hW bits of a page that a whole-guest write protection has passed are void: clears them. */
 static inline void page_settle(struct shadow *s, struct shadow_page *p)
@@ -238,8 +269,14 @@ void chunk_drop_large(struct shadow *s, struct chunk *c);
 
 /* -- track.c --------------------------------------------------------------- */
 
-static inline bool chunk_tracked(const struct chunk *c, gfn_t g) { return c && bit_test(c->track, level_index(g, 0)); }
-static inline bool chunk_code(const struct chunk *c, gfn_t g) { return c && bit_test(c->code, level_index(g, 0)); }
+static inline bool chunk_tracked(const struct chunk *c, gfn_t g)
+{
+	return c && bit_test(c->track, level_index(g, 0));
+}
+static inline bool chunk_code(const struct chunk *c, gfn_t g)
+{
+	return c && bit_test(c->code, level_index(g, 0));
+}
 void watch(struct shadow *s, struct chunk *c, uint64_t *map, gfn_t gfn);
 void unwatch(struct shadow *s, struct chunk *c, uint64_t *map, gfn_t gfn);
 void track_page(struct shadow *s, struct shadow_page *p);   /* a new page's gfn is watched */
@@ -262,16 +299,18 @@ const uint64_t *table_map(struct shadow *s, gfn_t gfn);
 bool table_readonly(struct shadow *s, gfn_t gfn);
 /* What a guest entry comes to. */
 struct guest_entry {
-	spte_t bits;  /* SPTE_GUEST, SPTE_NOAD */
-	bool leaf;    /* maps memory; else the next table */
+	spte_t bits; /* SPTE_GUEST, SPTE_NOAD */
+	bool leaf;   /* maps memory; else the next table */
 	gfn_t target;
 };
 /*
- * False if the entry at p[idx] cannot be shadowed as it is: not present, reserved, accessed bit clear (which is
- * forgiven to an entry that was made without).
+ * False if the entry at p[idx] cannot be shadowed as it is: not present, reserved, accessed bit clear (which
+ * is forgiven to an entry that was made without).
  */
-bool guest_entry(struct shadow *s, const struct shadow_page *p, unsigned idx, uint64_t raw, struct guest_entry *g);
-/* One whole walk with faults, accessed and dirty bits. KAGE_OK: the shadow walk may go on; KAGE_RETRY: raced. */
+bool guest_entry(struct shadow *s, const struct shadow_page *p, unsigned idx, uint64_t raw,
+		 struct guest_entry *g);
+/* One whole walk with faults, accessed and dirty bits. KAGE_OK: the shadow walk may go on; KAGE_RETRY: raced.
+ */
 int walk_guest(struct shadow_cpu *cpu, uint64_t gva, uint32_t access, struct kage_fault *fault);
 bool gva_canonical(const struct shadow_mode *mode, uint64_t gva);
 
@@ -280,7 +319,8 @@ bool gva_canonical(const struct shadow_mode *mode, uint64_t gva);
 extern const struct kage_notifier_ops shadow_listener_ops;
 void batch_add(struct shadow *s, uint64_t gva, uint64_t npages, uint32_t kinds);
 void batch_apply(struct shadow *s);
-/* Makes every window that was open when a tag was overwritten end. No lock held. 0, -ETIMEDOUT, -EDEADLK, -EAGAIN. */
+/* Makes every window that was open when a tag was overwritten end. No lock held. 0, -ETIMEDOUT, -EDEADLK,
+ * -EAGAIN. */
 int shootdown(struct shadow *s, bool blockable);
 static inline bool unflushed(struct shadow *s, uint64_t seq)
 {

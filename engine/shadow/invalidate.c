@@ -39,10 +39,11 @@
 #include <unistd.h>
 #include "shadow/internal.h"
 
-#define WHOLESALE BLOCK_PAGES
-#define SPIN_NS 2000
-#define NAP_NS 50000
-#define YIELDS 64
+#define WHOLESALE     BLOCK_PAGES
+#define SPIN_NS	      2000
+#define NAP_NS	      50000
+#define YIELDS	      64
+#define BARRIER_TRIES 1000
 
 /* -- the batch ---------------------------------------------------------------- */
 
@@ -61,7 +62,7 @@ void batch_add(struct shadow *s, uint64_t gva, uint64_t npages, uint32_t kinds)
 		last->npages += npages;
 		return;
 	}
-	s->batch[s->nbatch++] = (struct shadow_drop){ .gva = gva, .npages = npages, .kinds = kinds };
+	s->batch[s->nbatch++] = (struct shadow_drop){.gva = gva, .npages = npages, .kinds = kinds};
 }
 
 static bool in_slow_path_here(const struct shadow_cpu *cpu)
@@ -75,7 +76,8 @@ void batch_apply(struct shadow *s)
 
 	if (!s->nbatch && !s->batch_flush)
 		return;
-	list_for_each(n, &s->cpus) {
+	list_for_each(n, &s->cpus)
+	{
 		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
 
 		if (cpu->ops->drop(cpu, s->batch, s->nbatch, s->batch_flush) && !in_slow_path_here(cpu))
@@ -98,19 +100,26 @@ static uint64_t now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* (b) */
-static void barrier_all(struct shadow *s)
+/* (b). Once registered it fails only for want of kernel memory, which may pass. */
+static int barrier_all(struct shadow *s)
 {
-#ifndef KAGE_TSAN
-	if (s->membarrier && syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0) == 0)
-		return;
-#endif
-	atomic_thread_fence(memory_order_seq_cst); /* vCPUs use real fences then */
+	const struct timespec nap = {.tv_nsec = NAP_NS};
+
+	atomic_thread_fence(memory_order_seq_cst); /* enough where vCPUs use real fences */
+	if (!s->membarrier)
+		return 0;
+	for (unsigned i = 0; i < BARRIER_TRIES; i++) {
+		if (syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0) == 0)
+			return 0;
+		nanosleep(&nap, NULL);
+	}
+	return -ETIMEDOUT;
 }
 
 static bool others_running(struct shadow *s)
 {
-	list_for_each(n, &s->cpus) {
+	list_for_each(n, &s->cpus)
+	{
 		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
 
 		if (atomic_load_explicit(&cpu->running, memory_order_acquire) && !in_slow_path_here(cpu))
@@ -127,7 +136,7 @@ static bool window_moved(const struct shadow_cpu *cpu, uint64_t win)
 static int wait_moved(struct shadow *s, struct shadow_cpu *cpu, uint64_t win)
 {
 	uint64_t start = now_ns(), limit = (uint64_t)s->env->window_timeout_ms * 1000000u;
-	const struct timespec nap = { .tv_nsec = NAP_NS };
+	const struct timespec nap = {.tv_nsec = NAP_NS};
 	unsigned yields = 0;
 	int r = 0;
 
@@ -168,10 +177,12 @@ bool shadow_entered(struct shadow *s)
 	struct brlock_held held = brlock_read(&s->cpus_lock);
 	bool entered = false;
 
-	list_for_each(n, &s->cpus) {
+	list_for_each(n, &s->cpus)
+	{
 		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
 
-		entered |= atomic_load_explicit(&cpu->enter_thread, memory_order_relaxed) == (uintptr_t)pthread_self();
+		entered |= atomic_load_explicit(&cpu->enter_thread, memory_order_relaxed) ==
+			   (uintptr_t)pthread_self();
 	}
 	brlock_read_drop(&s->cpus_lock, held);
 	return entered;
@@ -181,8 +192,8 @@ static void flushed_up_to(struct shadow *s, uint64_t seq)
 {
 	uint64_t old = atomic_load_explicit(&s->flushed_seq, memory_order_relaxed);
 
-	while (old < seq && !atomic_compare_exchange_weak_explicit(&s->flushed_seq, &old, seq, memory_order_release,
-								   memory_order_relaxed))
+	while (old < seq && !atomic_compare_exchange_weak_explicit(
+				&s->flushed_seq, &old, seq, memory_order_release, memory_order_relaxed))
 		;
 }
 
@@ -197,11 +208,12 @@ static int shootdown_seq(struct shadow *s, uint64_t seq, bool blockable)
 	if (others_running(s)) {
 		shadow_count(s, shootdowns);
 		trace(s->env, shootdown, s->mm->id, 1, 0);
-		barrier_all(s);
+		r = barrier_all(s);
 	} else {
 		atomic_thread_fence(memory_order_seq_cst);
 	}
-	list_for_each(n, &s->cpus) {
+	list_for_each(n, &s->cpus)
+	{
 		int wait = wait_window(s, container_of(n, struct shadow_cpu, node), blockable);
 
 		r = r ? r : wait;
@@ -279,7 +291,8 @@ static void zap_tables(struct shadow *s, gfn_t start, gfn_t end)
 	struct shadow_page *p;
 
 	if (end.v - start.v > s->ntables) {
-		list_for_each_safe(n, tmp, &s->pages) {
+		list_for_each_safe(n, tmp, &s->pages)
+		{
 			p = container_of(n, struct shadow_page, node);
 			if (!(p->role & ROLE_DIRECT) && p->gfn.v >= start.v && p->gfn.v < end.v)
 				page_zap(s, p);
@@ -315,7 +328,7 @@ static void inflight_add(struct shadow *s, uint64_t id, gfn_t start, gfn_t end)
 {
 	for (unsigned i = 0; i < INFLIGHT_MAX; i++) {
 		if (!s->inflight[i].id) {
-			s->inflight[i] = (struct inflight){ .id = id, .start = start, .end = end };
+			s->inflight[i] = (struct inflight){.id = id, .start = start, .end = end};
 			s->ninflight++;
 			return;
 		}
@@ -424,7 +437,7 @@ static void listener_release(struct kage_notifier *n)
 }
 
 const struct kage_notifier_ops shadow_listener_ops = {
-	.invalidate_range_start = listener_start,
-	.invalidate_range_end = listener_end,
-	.release = listener_release,
+    .invalidate_range_start = listener_start,
+    .invalidate_range_end = listener_end,
+    .release = listener_release,
 };

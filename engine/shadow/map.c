@@ -36,7 +36,7 @@ enum map_step {
 	MAP_DONE,
 	MAP_AGAIN,   /* something changed under the lock: from the root again */
 	MAP_WALK,    /* the guest's tables must be asked: fault, accessed, dirty */
-	MAP_MM,      /* map.gfn must be faulted in */
+	MAP_MM,	     /* map.gfn must be faulted in */
 	MAP_WAIT,    /* a change in flight replaces the table in map.gfn */
 	MAP_BARRIER, /* writers must be stopped first */
 	MAP_MEMORY,  /* pages_topup() */
@@ -53,7 +53,7 @@ struct map {
 	unsigned flags;
 	const struct mm_fault *mf; /* validated; NULL: none yet */
 	/* derived on the way down (AND along the path) */
-	spte_t guest;              /* SPTE_W, U, X, D and the key of the guest's leaf */
+	spte_t guest;		   /* SPTE_W, U, X, D and the key of the guest's leaf */
 	struct shadow_page *table; /* that holds the guest's leaf entry */
 	/* out */
 	gfn_t gfn;
@@ -81,7 +81,7 @@ static void and_path(struct map *m, spte_t e)
 static void fill(struct map *m, uint32_t rights, pfn_t pfn, bool large)
 {
 	struct shadow *s = m->s;
-	struct shadow_fill f = { .gva = ALIGN_DOWN(m->gva, PAGE_SIZE), .rights = rights };
+	struct shadow_fill f = {.gva = ALIGN_DOWN(m->gva, PAGE_SIZE), .rights = rights};
 
 	f.large = large && !mm_dirty_fine(s->mm);
 	if (f.large) {
@@ -170,8 +170,8 @@ static enum map_step finish(struct map *m, struct shadow_page *p, spte_t e)
 	return MAP_DONE;
 }
 
-static enum map_step install(struct map *m, struct shadow_page *p, unsigned idx, spte_t guest, struct chunk *c,
-			     bool large)
+static enum map_step install(struct map *m, struct shadow_page *p, unsigned idx, spte_t guest,
+			     struct chunk *c, bool large)
 {
 	struct shadow *s = m->s;
 	pfn_t pfn = large ? PFN(ALIGN_DOWN(m->mf->pfn.v, BLOCK_PAGES)) : m->mf->pfn;
@@ -179,7 +179,8 @@ static enum map_step install(struct map *m, struct shadow_page *p, unsigned idx,
 
 	page_settle(s, p);
 	e |= leaf_host_bits(m, c, large);
-	if ((p->spte[idx] & SPTE_P) && (p->spte[idx] & (SPTE_PFN | SPTE_LARGE)) != (e & (SPTE_PFN | SPTE_LARGE)))
+	if ((p->spte[idx] & SPTE_P) &&
+	    (p->spte[idx] & (SPTE_PFN | SPTE_LARGE)) != (e & (SPTE_PFN | SPTE_LARGE)))
 		page_drop(s, p, idx);
 	else if (m->mf->prot & KAGE_WRITE)
 		e |= p->spte[idx] & SPTE_HW; /* granted before, and not taken since */
@@ -211,8 +212,8 @@ static enum map_step leaf_check(struct map *m, struct chunk *c, spte_t e)
  * missing), `guest` its guest bits, `base` the first gfn that it maps. Returns
  * the page to go on with if this is a large page in pieces, else NULL and *step.
  */
-static struct shadow_page *map_leaf(struct map *m, struct shadow_page *p, unsigned idx, spte_t guest, gfn_t base,
-				    enum map_step *step)
+static struct shadow_page *map_leaf(struct map *m, struct shadow_page *p, unsigned idx, spte_t guest,
+				    gfn_t base, enum map_step *step)
 {
 	uint64_t within = (m->gva >> PAGE_SHIFT) & (level_pages(p->level) - 1);
 	spte_t e = p->spte[idx];
@@ -250,7 +251,7 @@ static enum map_step read_guest(struct map *m, struct shadow_page *p, unsigned i
 	uint64_t raw = 0;
 
 	if (p->role & ROLE_DIRECT) {
-		*g = (struct guest_entry){ .bits = SPTE_W | SPTE_U | SPTE_X | SPTE_D, .leaf = true };
+		*g = (struct guest_entry){.bits = SPTE_W | SPTE_U | SPTE_X | SPTE_D, .leaf = true};
 		g->target = gfn_add(p->gfn, idx * level_pages(p->level));
 		return MAP_DONE;
 	}
@@ -268,7 +269,8 @@ static enum map_step read_guest(struct map *m, struct shadow_page *p, unsigned i
 }
 
 /* Makes a table's page, watched. */
-static enum map_step make_table(struct map *m, struct shadow_page *p, unsigned idx, const struct guest_entry *g)
+static enum map_step make_table(struct map *m, struct shadow_page *p, unsigned idx,
+				const struct guest_entry *g)
 {
 	struct shadow_page *child = page_get(m->s, g->target, (p->role & ~ROLE_LEVEL) | (p->level - 1u));
 
@@ -286,7 +288,7 @@ static enum map_step map_down(struct map *m, struct shadow_page *p)
 	for (;;) {
 		unsigned idx = level_index(GFN(m->gva >> PAGE_SHIFT), p->level);
 		spte_t e = p->spte[idx];
-		struct guest_entry g = { .bits = e & SPTE_GUEST };
+		struct guest_entry g = {.bits = e & SPTE_GUEST};
 		enum map_step step;
 
 		if (p->level <= 1)
@@ -385,7 +387,7 @@ static enum map_step map(struct map *m)
 static int fault_mm(struct map *m, enum map_step *step)
 {
 	struct shadow_cpu *cpu = m->cpu;
-	struct mm_fault f = { .gfn = m->gfn, .access = m->access, .reader = &cpu->reader };
+	struct mm_fault f = {.gfn = m->gfn, .access = m->access, .reader = &cpu->reader};
 	int r;
 
 	notify_read_begin(&cpu->reader, f.gfn, gfn_add(f.gfn, 1));
@@ -442,7 +444,7 @@ static int step_out(struct map *m, enum map_step *step, struct kage_fault *fault
 int shadow_fault(struct shadow_cpu *cpu, uint64_t gva, uint32_t access, unsigned flags,
 		 struct kage_fault *fault)
 {
-	struct map m = { .s = cpu->shadow, .cpu = cpu, .gva = gva, .access = access, .flags = flags };
+	struct map m = {.s = cpu->shadow, .cpu = cpu, .gva = gva, .access = access, .flags = flags};
 
 	atomic_store_explicit(&cpu->misses, atomic_load_explicit(&cpu->misses, memory_order_relaxed) + 1,
 			      memory_order_relaxed);

@@ -72,7 +72,8 @@ static bool page_is_top(const struct shadow_page *p)
 	return !(p->role & ROLE_DIRECT) && p->level == (p->role & ROLE_FIVE ? 4 : 3);
 }
 
-/* A link at `gva` (or anywhere, if !one) leads to the page from now on. Recursion is bounded by the levels. */
+/* A link at `gva` (or anywhere, if !one) leads to the page from now on. Recursion is bounded by the levels.
+ */
 static void reach_add(struct shadow *s, struct shadow_page *p, bool one, uint64_t gva)
 {
 	if (one && p->reach == REACH_ONE && p->gva == gva)
@@ -107,7 +108,7 @@ static void idle_check(struct shadow *s, struct shadow_page *p)
 void page_link(struct shadow *s, struct shadow_page *p, unsigned idx, spte_t guest, struct shadow_page *child)
 {
 	kage_assert(!(p->spte[idx] & SPTE_P));
-	p->side[idx] = (struct side){ .gfn = child->gfn.v, .next = child->parents };
+	p->side[idx] = (struct side){.gfn = child->gfn.v, .next = child->parents};
 	if (child->parents)
 		ref_side(s, child->parents)->prev = REF(p, idx);
 	child->parents = REF(p, idx);
@@ -131,7 +132,7 @@ static void page_unlink(struct shadow *s, struct shadow_page *p, unsigned idx, s
 		ref_side(s, side->prev)->next = side->next;
 	else
 		child->parents = side->next;
-	*side = (struct side){ 0 };
+	*side = (struct side){0};
 	child->nparents--;
 	if (!child->nparents && !page_is_top(child))
 		child->reach = REACH_NONE;
@@ -236,7 +237,8 @@ static void roots_forget(struct shadow *s, struct shadow_page *p)
 {
 	if (!p->roots)
 		return;
-	list_for_each(n, &s->cpus) {
+	list_for_each(n, &s->cpus)
+	{
 		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
 
 		if (cpu->root == p)
@@ -288,7 +290,8 @@ static struct shadow_page *page_victim(struct shadow *s)
 {
 	if (!list_empty(&s->idle))
 		return container_of(s->idle.next, struct shadow_page, idle);
-	list_for_each(n, &s->pages) {
+	list_for_each(n, &s->pages)
+	{
 		struct shadow_page *p = container_of(n, struct shadow_page, node);
 
 		if (!p->roots)
@@ -335,7 +338,8 @@ bool pages_ready(const struct shadow *s)
 
 static void page_rehash(struct shadow *s, struct shadow_page **table, uint32_t bits)
 {
-	list_for_each(n, &s->pages) {
+	list_for_each(n, &s->pages)
+	{
 		struct shadow_page *p = container_of(n, struct shadow_page, node);
 		uint32_t slot = page_slot(s, p->gfn, bits);
 
@@ -432,8 +436,9 @@ static void add_chunk(struct shadow *s, struct chunk *c)
 /* Allocates one thing without the lock and puts it in place; somebody else may have been faster. */
 static int supply(struct shadow *s, enum lack lack, size_t table)
 {
-	size_t bytes = lack == LACK_PAGE ? sizeof(struct shadow_page) :
-		       lack == LACK_CHUNK ? sizeof(struct chunk) : 2 * table;
+	size_t bytes = lack == LACK_PAGE    ? sizeof(struct shadow_page)
+		       : lack == LACK_CHUNK ? sizeof(struct chunk)
+					    : 2 * table;
 	void *mem = env_alloc(s->env, bytes);
 
 	if (!mem)
@@ -519,7 +524,7 @@ void pages_trim(struct shadow *s)
 }
 
 #define FIRST_BITS 6
-#define FIRST_IDS 64
+#define FIRST_IDS  64
 
 int pages_init(struct shadow *s)
 {

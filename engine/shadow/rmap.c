@@ -78,7 +78,7 @@ void rmap_add(struct shadow *s, struct shadow_page *p, unsigned idx, gfn_t gfn, 
 	struct chunk *c = chunk_get(s, gfn);
 	ref_t *head = chain_head(c, gfn, large);
 
-	p->side[idx] = (struct side){ .gfn = gfn.v, .next = *head };
+	p->side[idx] = (struct side){.gfn = gfn.v, .next = *head};
 	if (*head)
 		ref_side(s, *head)->prev = REF(p, idx);
 	else
@@ -101,7 +101,7 @@ void rmap_del(struct shadow *s, struct shadow_page *p, unsigned idx, bool large)
 		if (!side->next && --c->live == 0)
 			chunk_put(s, c);
 	}
-	*side = (struct side){ 0 };
+	*side = (struct side){0};
 }
 
 static void chain_drop(struct shadow *s, ref_t r)

@@ -35,8 +35,10 @@ static struct shadow *shadow_alloc(struct mm *mm)
 	list_init(&s->pages);
 	list_init(&s->idle);
 	list_init(&s->unsync);
+#ifndef KAGE_TSAN /* it does not see membarrier: real fences on both sides */
 	/* Idempotent, and no state of ours: the kernel keeps it for the process. */
 	s->membarrier = syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0) == 0;
+#endif
 	if (pages_init(s)) {
 		shadow_destroy(s);
 		return NULL;
@@ -105,7 +107,7 @@ int shadow_attach(struct shadow *s, struct shadow_cpu *cpu)
 	if (r)
 		return r;
 	cpu->shadow = s;
-	cpu->mode = (struct shadow_mode){ 0 };
+	cpu->mode = (struct shadow_mode){0};
 	brlock_write(&s->cpus_lock);
 	lock_take(&s->lock);
 	list_add_tail(&s->cpus, &cpu->node);
@@ -127,6 +129,7 @@ void shadow_detach(struct shadow_cpu *cpu)
 	s->direct_cpus -= cpu->direct_used;
 	if (cpu->ops->code_written)
 		s->code_cpus--;
+	s->misses_retired += READ_ONCE(cpu->misses);
 	lock_drop(&s->lock);
 	brlock_write_drop(&s->cpus_lock);
 	notify_reader_detach(&cpu->reader);
@@ -152,7 +155,7 @@ void shadow_set_mode(struct shadow_cpu *cpu, const struct shadow_mode *mode)
 bool shadow_fast_windows(const struct shadow *s)
 {
 #ifdef KAGE_TSAN
-	return true; /* real fences on both sides */
+	return true; /* KAGE_WINDOW_FENCE() is a real one */
 #else
 	return s->membarrier;
 #endif
@@ -160,15 +163,15 @@ bool shadow_fast_windows(const struct shadow *s)
 
 void shadow_stats(struct shadow *s, struct kage_stats *out)
 {
-	uint64_t misses = 0;
+	uint64_t misses;
 
 	lock_take(&s->lock);
+	misses = s->misses_retired;
 	out->shadow_pages += s->npages;
 	out->shadow_bytes += (uint64_t)(s->npages + s->nfree_pages) * sizeof(struct shadow_page) +
 			     (uint64_t)(s->nchunks + s->nfree_chunks) * sizeof(struct chunk);
 	out->shadow_unsync += s->nunsync;
-	list_for_each(n, &s->cpus)
-		misses += READ_ONCE(container_of(n, struct shadow_cpu, node)->misses);
+	list_for_each(n, &s->cpus) misses += READ_ONCE(container_of(n, struct shadow_cpu, node)->misses);
 	lock_drop(&s->lock);
 	out->tlb_misses += misses;
 	out->shadow_faults += s->installed;

@@ -26,9 +26,9 @@ struct shadow_page;
 
 /* One translation for the TLB. */
 struct shadow_fill {
-	uint64_t gva;    /* of the page; large: of its 2 MiB */
-	void *hva;       /* what gva is */
-	bool large;      /* 2 MiB, else 4 KiB */
+	uint64_t gva;	 /* of the page; large: of its 2 MiB */
+	void *hva;	 /* what gva is */
+	bool large;	 /* 2 MiB, else 4 KiB */
 	uint32_t rights; /* KAGE_READ | WRITE | EXEC in the mode that the vCPU is in */
 };
 
@@ -36,7 +36,7 @@ struct shadow_fill {
 struct shadow_drop {
 	uint64_t gva;
 	uint32_t npages; /* at most BLOCK_PAGES */
-	uint32_t kinds;  /* KAGE_RWX or a part of it */
+	uint32_t kinds;	 /* KAGE_RWX or a part of it */
 };
 
 /* All are called under the shadow lock except code_written. */
@@ -65,7 +65,8 @@ struct shadow_mode {
 /* Copies to or from memory that vCPUs may be using: sizes of a register are one access. */
 static inline void guest_copy(void *to, const void *from, size_t len)
 {
-	if ((len == 1 || len == 2 || len == 4 || len == 8) && !(((uintptr_t)to | (uintptr_t)from) & (len - 1))) {
+	if ((len == 1 || len == 2 || len == 4 || len == 8) &&
+	    !(((uintptr_t)to | (uintptr_t)from) & (len - 1))) {
 		kage_guest_move(to, from, len);
 		return;
 	}
@@ -80,19 +81,19 @@ static inline void guest_copy(void *to, const void *from, size_t len)
 struct shadow_cpu {
 	/* set by the backend before shadow_attach() */
 	const struct shadow_cpu_ops *ops;
-	uint64_t *win;    /* the window of use: odd while one is open */
+	uint64_t *win;	  /* the window of use: odd while one is open */
 	uint32_t *wanted; /* counts who waits for it */
 	/* kept by the backend */
-	_Atomic uint32_t running;       /* 0: no window opens before a full fence */
-	_Atomic uintptr_t slow_thread;  /* the thread that is in a slow path, its window closed; or 0 */
+	_Atomic uint32_t running;	/* 0: no window opens before a full fence */
+	_Atomic uintptr_t slow_thread;	/* the thread that is in a slow path, its window closed; or 0 */
 	_Atomic uintptr_t enter_thread; /* the thread between enter and leave; or 0 */
 	_Atomic uint64_t misses;
 	/* the shadow MMU's */
 	struct shadow *shadow;
 	struct list node;
 	struct shadow_mode mode;
-	uint32_t role;            /* of its root, without the level */
-	bool direct_used;         /* its TLB may hold translations from paging off */
+	uint32_t role;		  /* of its root, without the level */
+	bool direct_used;	  /* its TLB may hold translations from paging off */
 	struct shadow_page *root; /* NULL: to be looked up. Under the shadow lock */
 	struct notify_reader reader;
 };
@@ -113,7 +114,8 @@ int shadow_get(struct mm *mm, struct shadow *_Atomic *slot, struct lock *lock, s
 int shadow_attach(struct shadow *s, struct shadow_cpu *cpu);
 /* Removes one that no thread uses; returns when nobody looks at it any more. */
 void shadow_detach(struct shadow_cpu *cpu);
-/* The vCPU's registers changed. A kept root makes this a lookup. The TLB's contexts are the backend's business. */
+/* The vCPU's registers changed. A kept root makes this a lookup. The TLB's contexts are the backend's
+ * business. */
 void shadow_set_mode(struct shadow_cpu *cpu, const struct shadow_mode *mode);
 /* Adds to the fields shadow_*, table_writes, tlb_*, shootdowns, window_waits. */
 /* The calling thread is between enter and leave of one of the guest's vCPUs. */
@@ -138,7 +140,8 @@ int shadow_translate(struct shadow_cpu *cpu, uint64_t gva, uint32_t access, stru
 
 /* -- writes that are watched (track.c) ------------------------------------ */
 
-/* A vCPU's store to a watched page, within the page; then shadow_written(). Results of mm_fault() but KAGE_RETRY. */
+/* A vCPU's store to a watched page, within the page; then shadow_written(). Results of mm_fault() but
+ * KAGE_RETRY. */
 int shadow_store(struct shadow_cpu *cpu, gpa_t gpa, const void *buf, size_t len);
 /* Bytes of guest memory were written other than by a TLB hit: tables and code follow. */
 void shadow_written(struct shadow *s, gpa_t gpa, uint64_t len);
@@ -155,7 +158,9 @@ void shadow_audit(struct shadow *s, struct audit *a);
 void shadow_audit_tlb(struct shadow_cpu *cpu, const struct shadow_mode *mode, const struct shadow_fill *f,
 		      struct audit *a);
 int shadow_dump(struct shadow *s, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg);
-/* The guest's own tables, by the registers of its first vCPU. -ENOENT: it has none. Paging off: nothing is put. */
-int shadow_dump_guest(struct shadow *s, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg);
+/* The guest's own tables, by the registers of its first vCPU. -ENOENT: it has none. Paging off: nothing is
+ * put. */
+int shadow_dump_guest(struct shadow *s, bool json, int (*put)(void *arg, const char *text, size_t len),
+		      void *arg);
 
 #endif

@@ -31,9 +31,9 @@
  */
 #include "shadow/internal.h"
 
-#define FLOOD 3
+#define FLOOD	    3
 #define FLOOD_UPPER 64
-#define QUIET 2
+#define QUIET	    2
 
 void watch(struct shadow *s, struct chunk *c, uint64_t *map, gfn_t gfn)
 {
@@ -248,7 +248,7 @@ int shadow_store(struct shadow_cpu *cpu, gpa_t gpa, const void *buf, size_t len)
 {
 	struct shadow *s = cpu->shadow;
 	gfn_t gfn = gpa_gfn(gpa);
-	struct mm_fault f = { .gfn = gfn, .access = KAGE_WRITE, .reader = &cpu->reader };
+	struct mm_fault f = {.gfn = gfn, .access = KAGE_WRITE, .reader = &cpu->reader};
 	int r;
 
 	do {
@@ -272,10 +272,12 @@ static bool may_map(const struct shadow_page *p, uint64_t gva)
 	return p->reach == REACH_MANY || (p->reach == REACH_ONE && gva - p->gva < BLOCK_PAGES * PAGE_SIZE);
 }
 
-/* Unsync pages above level 0 are re-read whole: INVLPG drops every paging-structure cache (SDM vol. 3A 4.10.4.1). */
+/* Unsync pages above level 0 are re-read whole: INVLPG drops every paging-structure cache (SDM vol.
+ * 3A 4.10.4.1). */
 static void sync_listed(struct shadow *s, uint64_t gva)
 {
-	list_for_each_safe(n, tmp, &s->unsync) {
+	list_for_each_safe(n, tmp, &s->unsync)
+	{
 		struct shadow_page *p = container_of(n, struct shadow_page, unsync_node);
 
 		if (p->level > 0)
@@ -328,7 +330,8 @@ static bool finish_syncing(struct shadow *s)
 {
 	bool wait = false;
 
-	list_for_each_safe(n, tmp, &s->unsync) {
+	list_for_each_safe(n, tmp, &s->unsync)
+	{
 		struct shadow_page *p = container_of(n, struct shadow_page, unsync_node);
 
 		if (!p->syncing)
@@ -345,7 +348,8 @@ static bool finish_syncing(struct shadow *s)
 
 static bool sync_all_locked(struct shadow *s)
 {
-	list_for_each_safe(n, tmp, &s->unsync) {
+	list_for_each_safe(n, tmp, &s->unsync)
+	{
 		struct shadow_page *p = container_of(n, struct shadow_page, unsync_node);
 
 		p->quiet = sync_whole(s, p) ? 0 : p->quiet + 1;
@@ -381,7 +385,8 @@ static void tell_code_written(struct shadow *s, gfn_t gfn)
 {
 	struct brlock_held held = brlock_read(&s->cpus_lock);
 
-	list_for_each(n, &s->cpus) {
+	list_for_each(n, &s->cpus)
+	{
 		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
 
 		if (cpu->ops->code_written)
@@ -390,7 +395,8 @@ static void tell_code_written(struct shadow *s, gfn_t gfn)
 	brlock_read_drop(&s->cpus_lock, held);
 }
 
-/* Ends the watch over a page of code, if there is one; returns when every callback has. 0, or shootdown()'s error. */
+/* Ends the watch over a page of code, if there is one; returns when every callback has. 0, or shootdown()'s
+ * error. */
 int code_break(struct shadow *s, gfn_t gfn)
 {
 	struct chunk *c;

@@ -32,9 +32,9 @@ const struct pt_format *role_format(uint32_t role)
 struct pt_params role_params(uint32_t role)
 {
 	return (struct pt_params){
-		.phys_bits = (role >> ROLE_PHYS_SHIFT) & 63,
-		.nx = role & ROLE_NX,
-		.page1g = role & ROLE_PAGE1G,
+	    .phys_bits = (role >> ROLE_PHYS_SHIFT) & 63,
+	    .nx = role & ROLE_NX,
+	    .page1g = role & ROLE_PAGE1G,
 	};
 }
 
@@ -76,7 +76,8 @@ bool table_readonly(struct shadow *s, gfn_t gfn)
 	return ro;
 }
 
-bool guest_entry(struct shadow *s, const struct shadow_page *p, unsigned idx, uint64_t raw, struct guest_entry *g)
+bool guest_entry(struct shadow *s, const struct shadow_page *p, unsigned idx, uint64_t raw,
+		 struct guest_entry *g)
 {
 	struct pt_params params = role_params(p->role);
 	struct pt_decoded d = pt_level_of(role_format(p->role), p->level)->decode(raw, &params);
@@ -87,17 +88,19 @@ bool guest_entry(struct shadow *s, const struct shadow_page *p, unsigned idx, ui
 		return false;
 	g->leaf = d.state == PT_LEAF;
 	g->target = GFN(d.addr >> PAGE_SHIFT);
-	g->bits = (d.perm & KAGE_WRITE ? SPTE_W : 0) | (d.perm & KAGE_EXEC ? SPTE_X : 0) | (d.user ? SPTE_U : 0) |
-		  (d.dirty || !g->leaf ? SPTE_D : 0) | (d.accessed ? 0 : SPTE_NOAD) | (spte_t)d.pkey << SPTE_PKEY_SHIFT;
+	g->bits = (d.perm & KAGE_WRITE ? SPTE_W : 0) | (d.perm & KAGE_EXEC ? SPTE_X : 0) |
+		  (d.user ? SPTE_U : 0) | (d.dirty || !g->leaf ? SPTE_D : 0) | (d.accessed ? 0 : SPTE_NOAD) |
+		  (spte_t)d.pkey << SPTE_PKEY_SHIFT;
 	return true;
 }
 
 /* -- the whole walk --------------------------------------------------------- */
 
-/* Makes a table's page present. Anything but KAGE_OK is what the access returns; memory that is none: -EFAULT. */
+/* Makes a table's page present. Anything but KAGE_OK is what the access returns; memory that is none:
+ * -EFAULT. */
 static int table_fault(struct shadow_cpu *cpu, gfn_t gfn, uint32_t access)
 {
-	struct mm_fault f = { .gfn = gfn, .access = access, .reader = &cpu->reader };
+	struct mm_fault f = {.gfn = gfn, .access = access, .reader = &cpu->reader};
 	int r;
 
 	do {
@@ -176,7 +179,7 @@ static int judge(const struct shadow_mode *mode, const struct pt_guest_path *pat
 static int update_entry(struct shadow_cpu *cpu, const struct pt_guest_step *step, uint64_t bits)
 {
 	gfn_t gfn = gpa_gfn(GPA(step->gpa));
-	struct mm_fault f = { .gfn = gfn, .access = KAGE_WRITE, .reader = &cpu->reader };
+	struct mm_fault f = {.gfn = gfn, .access = KAGE_WRITE, .reader = &cpu->reader};
 	uint64_t old = step->entry, *entry;
 	int r;
 
@@ -237,7 +240,8 @@ static void refresh(struct shadow_cpu *cpu, uint64_t gva)
 int walk_guest(struct shadow_cpu *cpu, uint64_t gva, uint32_t access, struct kage_fault *fault)
 {
 	struct pt_guest_path path;
-	int r = pt_guest_walk(cpu->mode.format, &cpu->mode.params, cpu->mode.root, gva, read_entry, cpu, &path);
+	int r =
+	    pt_guest_walk(cpu->mode.format, &cpu->mode.params, cpu->mode.root, gva, read_entry, cpu, &path);
 
 	if (r)
 		return r == -EHWPOISON ? -EFAULT : r;

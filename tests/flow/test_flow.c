@@ -196,7 +196,7 @@ static int race_start(struct kage_notifier *n, const struct kage_range *range)
 	for (;;) {
 		uint64_t n_events = atomic_load(&ring->head);
 
-		if (n_events && ring->rec[n_events - 1].event == TRACE_reader_wait)
+		if (n_events && READ_ONCE(ring->rec[n_events - 1].event) == TRACE_reader_wait)
 			return 0;
 		sched_yield();
 	}

@@ -344,6 +344,8 @@ int or_unmap(struct or_vm *vm, uint64_t gpa, uint64_t len)
 		if (vm->page[i].kind != OR_FOREIGN)
 			free(vm->page[i].bytes);
 	}
+	if (from == to)
+		return 0;
 	memmove(&vm->page[from], &vm->page[to], (vm->count - to) * sizeof(*vm->page));
 	vm->count -= to - from;
 	return 0;

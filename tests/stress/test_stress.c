@@ -58,7 +58,8 @@ void audit_engine(void)
 
 static void log_line(void *opaque, int level, const char *line)
 {
-	fprintf(stderr, "log: %s\n", line);
+	if (level == KAGE_LOG_ERROR)
+		stress_fail("the engine says: %s", line);
 }
 
 static void start(void)

@@ -12,19 +12,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PTE_P 1ull
-#define PTE_W 2ull
-#define PTE_U 4ull
-#define PTE_A 0x20ull
-#define PTE_D 0x40ull
-#define PTE_PS 0x80ull
-#define PTE_G 0x100ull
-#define PTE_NX (1ull << 63)
-#define PTE_ADDR 0x000ffffffffff000ull
+#define PTE_P	   1ull
+#define PTE_W	   2ull
+#define PTE_U	   4ull
+#define PTE_A	   0x20ull
+#define PTE_D	   0x40ull
+#define PTE_PS	   0x80ull
+#define PTE_G	   0x100ull
+#define PTE_NX	   (1ull << 63)
+#define PTE_ADDR   0x000ffffffffff000ull
 #define PTE_KEY(k) ((uint64_t)(k) << 59)
 
-#define MIB (1ull << 20)
-#define GIB (1ull << 30)
+#define MIB    (1ull << 20)
+#define GIB    (1ull << 30)
 #define TABLES (1 * MIB) /* tables are allocated from here up */
 
 struct guest {
@@ -98,10 +98,10 @@ static inline uint64_t guest_long_mode(struct guest *g, unsigned levels)
 	g->levels = levels;
 	root = guest_table(g);
 	g->regs = (struct kage_x86_regs){
-		.cr0 = 0x80010001,
-		.cr3 = root,
-		.cr4 = 0x20 | (levels == 5 ? 1 << 12 : 0),
-		.efer = 0xd00,
+	    .cr0 = 0x80010001,
+	    .cr3 = root,
+	    .cr4 = 0x20 | (levels == 5 ? 1 << 12 : 0),
+	    .efer = 0xd00,
 	};
 	ck_assert_int_eq(guest_set_regs(g), KAGE_OK);
 	return root;
@@ -113,9 +113,9 @@ static inline struct kage_vcpu *guest_cpu(struct guest *g)
 
 	ck_assert_int_eq(kage_vcpu_create(g->vm,
 					  KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI,
-						   .features = KAGE_X86_NX | KAGE_X86_PAGE1GB | KAGE_X86_SMEP |
-							       KAGE_X86_SMAP | KAGE_X86_PCID | KAGE_X86_LA57 |
-							       KAGE_X86_PKU),
+						   .features = KAGE_X86_NX | KAGE_X86_PAGE1GB |
+							       KAGE_X86_SMEP | KAGE_X86_SMAP | KAGE_X86_PCID |
+							       KAGE_X86_LA57 | KAGE_X86_PKU),
 					  &cpu),
 			 KAGE_OK);
 	return cpu;
@@ -142,7 +142,7 @@ static inline void guest_report(void *opaque, const char *line)
 
 static inline void guest_audit(struct guest *g)
 {
-	struct kage_audit a = { .size = sizeof(a), .report = guest_report };
+	struct kage_audit a = {.size = sizeof(a), .report = guest_report};
 
 	ck_assert_int_eq(kage_engine_audit(g->engine, &a), KAGE_OK);
 	ck_assert_uint_gt(a.checks, 0);
@@ -158,35 +158,36 @@ static inline void guest_stop(struct guest *g)
 
 static inline uint64_t cpu_load(struct kage_vcpu *cpu, uint64_t gva)
 {
-	struct kage_fault f = { 0 };
+	struct kage_fault f = {0};
 	uint64_t v = 0;
 	int r = kage_vcpu_load(cpu, gva, &v, 8, &f);
 
-	ck_assert_msg(r == KAGE_OK, "load of %#lx: %d, vector %u error %#x gpa %#lx", (unsigned long)gva, r, f.vector,
-		      f.error, (unsigned long)f.gpa);
+	ck_assert_msg(r == KAGE_OK, "load of %#lx: %d, vector %u error %#x gpa %#lx", (unsigned long)gva, r,
+		      f.vector, f.error, (unsigned long)f.gpa);
 	return v;
 }
 
 static inline void cpu_store(struct kage_vcpu *cpu, uint64_t gva, uint64_t v)
 {
-	struct kage_fault f = { 0 };
+	struct kage_fault f = {0};
 	int r = kage_vcpu_store(cpu, gva, &v, 8, &f);
 
-	ck_assert_msg(r == KAGE_OK, "store to %#lx: %d, vector %u error %#x gpa %#lx", (unsigned long)gva, r, f.vector,
-		      f.error, (unsigned long)f.gpa);
+	ck_assert_msg(r == KAGE_OK, "store to %#lx: %d, vector %u error %#x gpa %#lx", (unsigned long)gva, r,
+		      f.vector, f.error, (unsigned long)f.gpa);
 }
 
-#define KIND_LOAD 0
+#define KIND_LOAD  0
 #define KIND_STORE 1
 #define KIND_FETCH 2
 
 /* One access that must fault in the guest with this error code. */
 static inline void cpu_faults(struct kage_vcpu *cpu, uint64_t gva, int kind, uint32_t error)
 {
-	struct kage_fault f = { 0 };
+	struct kage_fault f = {0};
 	uint64_t v = 0;
-	int r = kind == KIND_LOAD ? kage_vcpu_load(cpu, gva, &v, 8, &f) :
-		kind == KIND_STORE ? kage_vcpu_store(cpu, gva, &v, 8, &f) : kage_vcpu_fetch(cpu, gva, &v, 8, &f);
+	int r = kind == KIND_LOAD    ? kage_vcpu_load(cpu, gva, &v, 8, &f)
+		: kind == KIND_STORE ? kage_vcpu_store(cpu, gva, &v, 8, &f)
+				     : kage_vcpu_fetch(cpu, gva, &v, 8, &f);
 
 	ck_assert_int_eq(r, KAGE_GUEST_FAULT);
 	ck_assert_uint_eq(f.vector, 14);

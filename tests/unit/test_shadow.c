@@ -43,10 +43,10 @@ static void flush_cpu(struct kage_vcpu *cpu, uint32_t kind, uint64_t gva)
 
 /* -- a random guest ---------------------------------------------------------- */
 
-#define ROOTS 3
-#define DATA (32 * MIB)
+#define ROOTS	3
+#define DATA	(32 * MIB)
 #define NTABLES 40
-#define WINDOW 0xffff800000000000ull /* where the guest maps its own tables, in the last root entry */
+#define WINDOW	0xffff800000000000ull /* where the guest maps its own tables, in the last root entry */
 
 static uint64_t roots[ROOTS];
 
@@ -97,7 +97,9 @@ static void store_entry(struct kage_vcpu *cpu, uint64_t at, uint64_t e)
 	void *p;
 
 	switch (rnd(4)) {
-	case 0: guest_w64(&g, at, e); return;
+	case 0:
+		guest_w64(&g, at, e);
+		return;
 	case 1:
 		kage_vcpu_enter(cpu);
 		if (kage_vcpu_ptr(cpu, gva, 8, KAGE_WRITE, &p, &f) == KAGE_OK)
@@ -108,7 +110,8 @@ static void store_entry(struct kage_vcpu *cpu, uint64_t at, uint64_t e)
 		(void)kage_vcpu_store(cpu, gva, &e, 4, &f);
 		(void)kage_vcpu_store(cpu, gva + 4, (char *)&e + 4, 4, &f);
 		return;
-	default: (void)kage_vcpu_store(cpu, gva, &e, 8, &f);
+	default:
+		(void)kage_vcpu_store(cpu, gva, &e, 8, &f);
 	}
 }
 
@@ -145,13 +148,14 @@ static void check_access(struct kage_vcpu *cpu)
 {
 	uint64_t gva = random_gva() + 8 * rnd(512), v = rnd(1u << 30), old = 0;
 	unsigned kind = rnd(3);
-	struct kage_fault want = { 0 }, got = { 0 };
+	struct kage_fault want = {0}, got = {0};
 	int expect = kage_vcpu_translate(cpu, gva, 1u << kind, &want), r;
 
 	if (expect == KAGE_OK)
 		expect = kage_vm_read(g.vm, want.gpa, &old, 8); /* no memory there: KAGE_MMIO */
-	r = kind == 0 ? kage_vcpu_load(cpu, gva, &v, 8, &got) : kind == 1 ? kage_vcpu_store(cpu, gva, &v, 8, &got) :
-									 kage_vcpu_fetch(cpu, gva, &v, 8, &got);
+	r = kind == 0	? kage_vcpu_load(cpu, gva, &v, 8, &got)
+	    : kind == 1 ? kage_vcpu_store(cpu, gva, &v, 8, &got)
+			: kage_vcpu_fetch(cpu, gva, &v, 8, &got);
 	outcomes[r & 7]++;
 	ck_assert_msg(r == expect, "gva %#lx kind %u: %d, expected %d", (unsigned long)gva, kind, r, expect);
 	if (r == KAGE_GUEST_FAULT) {
@@ -175,26 +179,31 @@ static void engine_event(void)
 	uint64_t gpa = DATA + rnd(64) * 4096;
 
 	switch (rnd(5)) {
-	case 0: ck_assert_int_eq(kage_vm_advise(g.vm, gpa, 4096, KAGE_ADVICE_DISCARD), KAGE_OK); break;
+	case 0:
+		ck_assert_int_eq(kage_vm_advise(g.vm, gpa, 4096, KAGE_ADVICE_DISCARD), KAGE_OK);
+		break;
 	case 1:
 		ck_assert_int_eq(kage_vm_clone(g.vm, NULL, &clone), KAGE_OK);
 		if (rnd(2))
 			guest_w64(&g, gpa, 1);
 		ck_assert_int_eq(kage_vm_destroy(clone), KAGE_OK);
 		break;
-	case 2: guest_w64(&g, gpa + 8 * rnd(512), rnd(1000)); break;
+	case 2:
+		guest_w64(&g, gpa + 8 * rnd(512), rnd(1000));
+		break;
 	case 3:
 		ck_assert_int_eq(kage_vm_protect(g.vm, gpa, 4096, KAGE_READ | KAGE_EXEC), KAGE_OK);
 		ck_assert_int_eq(kage_vm_protect(g.vm, gpa, 4096, KAGE_RWX), KAGE_OK);
 		break;
-	default: ck_assert_int_eq(kage_engine_step(g.engine, NULL, NULL), KAGE_OK);
+	default:
+		ck_assert_int_eq(kage_engine_step(g.engine, NULL, NULL), KAGE_OK);
 	}
 }
 
 static void random_guest(struct kage_vcpu *cpu, unsigned steps)
 {
 	static const char zero[4096];
-	struct kage_stats s = { .size = sizeof(s) };
+	struct kage_stats s = {.size = sizeof(s)};
 	uint64_t pd, pt;
 
 	g.levels = 4;
@@ -211,7 +220,7 @@ static void random_guest(struct kage_vcpu *cpu, unsigned steps)
 	guest_w64(&g, pd + 4096, pt | 7);
 	for (unsigned i = 0; i < NTABLES; i++)
 		guest_w64(&g, pt + i * 8, (TABLES + i * 4096) | 3);
-	g.regs = (struct kage_x86_regs){ .efer = 0xd00 };
+	g.regs = (struct kage_x86_regs){.efer = 0xd00};
 	memset(outcomes, 0, sizeof(outcomes));
 	switch_mode();
 	for (unsigned i = 0; i < steps; i++) {
@@ -256,8 +265,11 @@ START_TEST(test_random_guest_with_code)
 	unsigned calls = 0;
 
 	kage_vcpu_destroy(g.cpu);
-	ck_assert_int_eq(kage_vcpu_create(g.vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI, .features = 0x7f,
-							 .code_written = ignore_code, .opaque = &calls), &g.cpu), KAGE_OK);
+	ck_assert_int_eq(kage_vcpu_create(g.vm,
+					  KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI, .features = 0x7f,
+						   .code_written = ignore_code, .opaque = &calls),
+					  &g.cpu),
+			 KAGE_OK);
 	rng = 77 + (uint64_t)_i;
 	random_guest(g.cpu, 8000);
 	ck_assert_uint_gt(calls, 0);
@@ -266,11 +278,11 @@ END_TEST
 
 /* -- threads ------------------------------------------------------------------ */
 
-#define CPUS 3
+#define CPUS	3
 #define PRIVATE 64
-#define BASE 0x400000ull
-#define SHARED (BASE + CPUS * PRIVATE * 4096)
-#define ROUNDS 6000
+#define BASE	0x400000ull
+#define SHARED	(BASE + CPUS * PRIVATE * 4096)
+#define ROUNDS	6000
 
 static atomic_bool stop;
 static atomic_uint failures;
@@ -286,7 +298,7 @@ struct worker {
 static void *work(void *arg)
 {
 	struct worker *w = arg;
-	uint64_t seen[PRIVATE] = { 0 }, x = w->n + 1, mine = BASE + w->n * PRIVATE * 4096ull, *p;
+	uint64_t seen[PRIVATE] = {0}, x = w->n + 1, mine = BASE + w->n * PRIVATE * 4096ull, *p;
 
 	for (unsigned i = 0; i < ROUNDS; i++) {
 		unsigned page;
@@ -327,7 +339,8 @@ static void disturb(unsigned i)
 			failures++;
 		break;
 	case 1:
-		if (kage_dirty_open(g.vm, KAGE_CFG(kage_dirty_config, .flags = i & 8 ? KAGE_DIRTY_FINE : 0), &log) ||
+		if (kage_dirty_open(g.vm, KAGE_CFG(kage_dirty_config, .flags = i & 8 ? KAGE_DIRTY_FINE : 0),
+				    &log) ||
 		    kage_dirty_collect(log, 0, 64 * MIB, bits, sizeof(bits)) < 0)
 			failures++;
 		kage_dirty_close(log);
@@ -349,7 +362,7 @@ static void disturb(unsigned i)
 static void make_workers(struct worker *w)
 {
 	for (unsigned i = 0; i < CPUS; i++) {
-		w[i] = (struct worker){ .n = i, .cpu = i ? guest_cpu(&g) : g.cpu };
+		w[i] = (struct worker){.n = i, .cpu = i ? guest_cpu(&g) : g.cpu};
 		ck_assert_int_eq(kage_vcpu_set_regs(w[i].cpu, &g.regs, sizeof(g.regs)), KAGE_OK);
 	}
 }
@@ -581,7 +594,7 @@ END_TEST
 
 START_TEST(test_window_is_left_when_wanted)
 {
-	struct kage_stats s = { .size = sizeof(s) };
+	struct kage_stats s = {.size = sizeof(s)};
 	pthread_t t;
 
 	failures = 0;
@@ -609,13 +622,15 @@ START_TEST(test_tables_in_foreign_memory)
 	ck_assert_int_eq(ftruncate(fd, 16 * 4096), 0);
 	t = mmap(NULL, 16 * 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	ck_assert_ptr_ne(t, MAP_FAILED);
-	ck_assert_int_eq(kage_vm_map(g.vm, KAGE_CFG(kage_region, .kind = KAGE_REGION_FOREIGN, .flags = KAGE_REGION_FD,
-						    .gpa = base, .len = 16 * 4096, .fd = fd)), KAGE_OK);
+	ck_assert_int_eq(
+	    kage_vm_map(g.vm, KAGE_CFG(kage_region, .kind = KAGE_REGION_FOREIGN, .flags = KAGE_REGION_FD,
+				       .gpa = base, .len = 16 * 4096, .fd = fd)),
+	    KAGE_OK);
 	g.levels = 4;
 	for (unsigned i = 0; i < 3; i++)
 		t[i * 512] = (base + (i + 1) * 4096) | 7;
 	t[3 * 512] = DATA | 7;
-	g.regs = (struct kage_x86_regs){ .cr0 = 0x80010001, .cr3 = base, .cr4 = 0x20, .efer = 0xd00 };
+	g.regs = (struct kage_x86_regs){.cr0 = 0x80010001, .cr3 = base, .cr4 = 0x20, .efer = 0xd00};
 	ck_assert_int_eq(guest_set_regs(&g), KAGE_OK);
 	guest_w64(&g, DATA + 4096, 5);
 	cpu_store(g.cpu, 0, 4);
@@ -636,11 +651,94 @@ START_TEST(test_tables_in_foreign_memory)
 }
 END_TEST
 
+/* -- allocations that fail ------------------------------------------------------------ */
+
+static int allowed; /* allocations before one fails; < 0: none does */
+
+static void *short_alloc(void *opaque, size_t bytes)
+{
+	void *p;
+
+	(void)opaque;
+	if (allowed == 0)
+		return NULL;
+	allowed -= allowed > 0;
+	p = aligned_alloc(64, (bytes + 63) & ~(size_t)63);
+	if (p)
+		memset(p, 0, bytes);
+	return p;
+}
+
+static void short_free(void *opaque, void *p, size_t bytes)
+{
+	(void)opaque;
+	(void)bytes;
+	free(p);
+}
+
+/* Makes a vCPU and stores through it with `n` allocations; false if that was not enough. */
+static bool starved(int n)
+{
+	uint64_t v = 42;
+	int r;
+
+	allowed = n;
+	r = kage_vcpu_create(g.vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI), &g.cpu);
+	if (r) {
+		ck_assert_int_eq(r, -ENOMEM);
+		return false;
+	}
+	r = kage_vcpu_set_regs(g.cpu, &g.regs, sizeof(g.regs));
+	ck_assert_int_eq(r, KAGE_OK);
+	r = kage_vcpu_store(g.cpu, BASE, &v, 8, NULL);
+	allowed = -1;
+	if (r)
+		ck_assert_int_eq(r, -ENOMEM);
+	guest_audit(&g);
+	/* what failed once works when there is memory */
+	cpu_store(g.cpu, BASE, 43);
+	ck_assert_uint_eq(guest_r64(&g, DATA), 43);
+	kage_vcpu_destroy(g.cpu);
+	return r == KAGE_OK;
+}
+
+START_TEST(test_allocations_fail)
+{
+	struct kage_alloc alloc = {.alloc = short_alloc, .free = short_free};
+	int n = 0;
+	bool done;
+
+	do { /* the shadow stays with its guest: a new guest for each number */
+		allowed = -1;
+		memset(&g, 0, sizeof(g));
+		ck_assert_int_eq(
+		    kage_engine_create(
+			KAGE_CFG(kage_engine_config, .address_space = 64 * GIB, .alloc = alloc), &g.engine),
+		    KAGE_OK);
+		ck_assert_int_eq(kage_vm_create(g.engine, NULL, &g.vm), KAGE_OK);
+		ck_assert_int_eq(kage_vm_map(g.vm, KAGE_CFG(kage_region, .len = 64 * MIB)), KAGE_OK);
+		g.next_table = TABLES;
+		g.levels = 4;
+		g.regs = (struct kage_x86_regs){
+		    .cr0 = 0x80010001, .cr3 = guest_table(&g), .cr4 = 0x20, .efer = 0xd00};
+		guest_map(&g, g.regs.cr3, BASE, DATA, PTE_W, 0);
+		done = starved(n++);
+		allowed = -1;
+		ck_assert_int_eq(kage_vm_destroy(g.vm), KAGE_OK);
+		ck_assert_int_eq(kage_engine_destroy(g.engine), KAGE_OK);
+	} while (!done);
+	ck_assert_int_gt(n, 5);
+}
+END_TEST
+
 static Suite *suite(void)
 {
 	Suite *s = suite_create("shadow");
-	TCase *t = tcase_create("shadow");
+	TCase *t = tcase_create("shadow"), *bare = tcase_create("starved");
 
+	tcase_set_timeout(bare, 240);
+	tcase_add_test(bare, test_allocations_fail);
+	suite_add_tcase(s, bare);
 	tcase_set_timeout(t, 240);
 	tcase_add_checked_fixture(t, setup, teardown);
 	tcase_add_loop_test(t, test_random_guest, 0, 6);

@@ -22,7 +22,7 @@ static void teardown(void)
 
 static uint64_t misses(void)
 {
-	struct kage_stats s = { .size = sizeof(s) };
+	struct kage_stats s = {.size = sizeof(s)};
 
 	ck_assert_int_eq(kage_stats_get(g.engine, g.vm, &s), KAGE_OK);
 	return s.tlb_misses;
@@ -55,7 +55,7 @@ END_TEST
 
 START_TEST(test_device_memory)
 {
-	struct kage_fault f = { 0 };
+	struct kage_fault f = {0};
 	uint64_t v = 0x5555;
 
 	ck_assert_int_eq(kage_vcpu_load(g.cpu, 0x8000008, &v, 8, &f), KAGE_MMIO);
@@ -86,7 +86,8 @@ START_TEST(test_four_levels)
 	ck_assert_uint_eq(cpu_load(g.cpu, 0x400000), 0x1234);
 	ck_assert_uint_eq(guest_r64(&g, at) & (PTE_A | PTE_D), PTE_A);
 	for (unsigned l = 1; l < 4; l++)
-		ck_assert_uint_eq(guest_r64(&g, guest_entry_gpa(&g, root, 0x400000, l)) & (PTE_A | PTE_D), PTE_A);
+		ck_assert_uint_eq(guest_r64(&g, guest_entry_gpa(&g, root, 0x400000, l)) & (PTE_A | PTE_D),
+				  PTE_A);
 	guest_audit(&g);
 	cpu_store(g.cpu, 0x400008, 0x77);
 	ck_assert_uint_eq(guest_r64(&g, at) & (PTE_A | PTE_D), PTE_A | PTE_D);
@@ -102,7 +103,7 @@ END_TEST
 
 START_TEST(test_not_canonical)
 {
-	struct kage_fault f = { 0 };
+	struct kage_fault f = {0};
 	uint64_t v;
 
 	guest_long_mode(&g, 4);
@@ -165,9 +166,9 @@ START_TEST(test_rights)
 {
 	uint64_t root = guest_long_mode(&g, 4);
 
-	guest_map(&g, root, 0x400000, 0x2000000, 0, 0);                 /* supervisor, read only */
-	guest_map(&g, root, 0x401000, 0x2001000, PTE_U | PTE_W, 0);     /* user */
-	guest_map(&g, root, 0x402000, 0x2002000, PTE_U | PTE_NX, 0);    /* user, read only, no execution */
+	guest_map(&g, root, 0x400000, 0x2000000, 0, 0);		     /* supervisor, read only */
+	guest_map(&g, root, 0x401000, 0x2001000, PTE_U | PTE_W, 0);  /* user */
+	guest_map(&g, root, 0x402000, 0x2002000, PTE_U | PTE_NX, 0); /* user, read only, no execution */
 	cpu_faults(g.cpu, 0x400000, KIND_STORE, 3);
 	g.regs.cpl = 3;
 	guest_set_regs(&g);
@@ -250,7 +251,7 @@ START_TEST(test_reserved_bits_and_bad_tables)
 {
 	uint64_t root = guest_long_mode(&g, 4);
 	uint64_t at = guest_map(&g, root, 0x400000, 0x2000000, PTE_W, 0);
-	struct kage_fault f = { 0 };
+	struct kage_fault f = {0};
 	uint64_t v;
 
 	guest_w64(&g, at, 0x2000000 | PTE_P | PTE_W | 1ull << 50);
@@ -308,7 +309,7 @@ END_TEST
 /* Hammers a leaf table through the vCPU until it is out of sync. */
 static uint64_t make_unsync(uint64_t root, uint64_t *at)
 {
-	struct kage_stats s = { .size = sizeof(s) };
+	struct kage_stats s = {.size = sizeof(s)};
 
 	*at = guest_map(&g, root, 0x400000, 0x2000000, PTE_W, 0);
 	guest_map(&g, root, 0x500000, *at & ~0xfffull, PTE_W, 0);
@@ -323,18 +324,20 @@ static uint64_t make_unsync(uint64_t root, uint64_t *at)
 START_TEST(test_unsync_tables)
 {
 	uint64_t root = guest_long_mode(&g, 4), at, pte = make_unsync(root, &at), before;
-	struct kage_stats s = { .size = sizeof(s) };
+	struct kage_stats s = {.size = sizeof(s)};
 
 	cpu_store(g.cpu, 0x400000, 1);
 	before = misses();
 	for (unsigned i = 0; i < 100; i++)
 		cpu_store(g.cpu, pte, 0x2001000 | PTE_P | PTE_W);
 	ck_assert_uint_eq(misses(), before); /* no trap any more */
-	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_PAGE, .gva = 0x400000)), KAGE_OK);
+	ck_assert_int_eq(
+	    kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_PAGE, .gva = 0x400000)), KAGE_OK);
 	cpu_store(g.cpu, 0x400000, 2);
 	ck_assert_uint_eq(guest_r64(&g, 0x2001000), 2);
 	cpu_store(g.cpu, pte, 0x2002000 | PTE_P | PTE_W);
-	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_CR3, .value = root)), KAGE_OK);
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_CR3, .value = root)),
+			 KAGE_OK);
 	cpu_store(g.cpu, 0x400000, 3);
 	ck_assert_uint_eq(guest_r64(&g, 0x2002000), 3);
 	/* a permission that was added needs no flush */
@@ -346,7 +349,8 @@ START_TEST(test_unsync_tables)
 	guest_audit(&g);
 	/* quiet flushes bring it back under watch */
 	for (unsigned i = 0; i < 4; i++)
-		ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ALL)), KAGE_OK);
+		ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ALL)),
+				 KAGE_OK);
 	ck_assert_int_eq(kage_stats_get(g.engine, g.vm, &s), KAGE_OK);
 	ck_assert_uint_eq(s.shadow_unsync, 0);
 	cpu_store(g.cpu, pte, 0x2003000 | PTE_P | PTE_W);
@@ -388,21 +392,28 @@ START_TEST(test_pcid)
 	pte = make_unsync(root, &at);
 	guest_map(&g, root2, 0x500000, at & ~0xfffull, PTE_W, 0);
 	cpu_store(g.cpu, 0x400000, 1);
-	/* with bit 63 a switch keeps what the TLB has; the page of another space is flushed on return without it */
+	/* with bit 63 a switch keeps what the TLB has; the page of another space is flushed on return without
+	 * it */
 	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_CR3,
-							 .value = root2 | 1 | 1ull << 63)), KAGE_OK);
+							 .value = root2 | 1 | 1ull << 63)),
+			 KAGE_OK);
 	cpu_store(g.cpu, pte, 0x2001000 | PTE_P | PTE_W);
-	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_CR3, .value = root)), KAGE_OK);
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_CR3, .value = root)),
+			 KAGE_OK);
 	cpu_store(g.cpu, 0x400000, 2);
 	ck_assert_uint_eq(guest_r64(&g, 0x2001000), 2);
-	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ASID, .asid = 1)), KAGE_OK);
-	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ASID, .asid = 4096)), -EINVAL);
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ASID, .asid = 1)),
+			 KAGE_OK);
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ASID, .asid = 4096)),
+			 -EINVAL);
 	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = 9)), -EINVAL);
 	g.regs.cr4 &= ~(1ull << 17);
 	ck_assert_int_eq(guest_set_regs(&g), KAGE_OK);
-	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ASID, .asid = 1)), -EINVAL);
-	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_CR3, .value = 1ull << 63)),
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ASID, .asid = 1)),
 			 -EINVAL);
+	ck_assert_int_eq(
+	    kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_CR3, .value = 1ull << 63)),
+	    -EINVAL);
 }
 END_TEST
 
@@ -455,7 +466,7 @@ START_TEST(test_odd_accesses)
 {
 	uint64_t root = guest_long_mode(&g, 4);
 	unsigned char buf[20000], back[20000];
-	struct kage_fault f = { 0 };
+	struct kage_fault f = {0};
 
 	for (unsigned i = 0; i < sizeof(buf); i++)
 		buf[i] = (unsigned char)(i * 7 + i / 251);
@@ -509,7 +520,7 @@ END_TEST
 START_TEST(test_pointers)
 {
 	uint64_t root = guest_long_mode(&g, 4), at, win;
-	struct kage_fault f = { 0 };
+	struct kage_fault f = {0};
 	uint64_t *p;
 
 	at = guest_map(&g, root, 0x400000, 0x2000000, PTE_W, 0);
@@ -523,15 +534,17 @@ START_TEST(test_pointers)
 	ck_assert_uint_eq(cpu_load(g.cpu, 0x400000), 5);
 	ck_assert_uint_eq(kage_vcpu_window(g.cpu), win);
 	/* a pointer to a table: the guest's compare and exchange on an entry */
-	ck_assert_int_eq(kage_vcpu_ptr(g.cpu, 0x500000 + (at & 0xfff), 8, KAGE_READ | KAGE_WRITE, (void **)&p, &f),
-			 KAGE_OK);
+	ck_assert_int_eq(
+	    kage_vcpu_ptr(g.cpu, 0x500000 + (at & 0xfff), 8, KAGE_READ | KAGE_WRITE, (void **)&p, &f),
+	    KAGE_OK);
 	ck_assert_uint_ne(kage_vcpu_window(g.cpu), win);
 	ck_assert_uint_eq(*p & ~(PTE_A | PTE_D), 0x2000000 | PTE_P | PTE_W);
 	__atomic_store_n(p, 0x2001000 | PTE_P | PTE_W, __ATOMIC_SEQ_CST);
 	ck_assert_int_eq(kage_vcpu_ptr(g.cpu, 0x600000, 8, KAGE_READ, (void **)&p, &f), KAGE_GUEST_FAULT);
 	ck_assert_uint_eq(f.vector, 14);
 	kage_vcpu_leave(g.cpu);
-	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_PAGE, .gva = 0x400000)), KAGE_OK);
+	ck_assert_int_eq(
+	    kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_PAGE, .gva = 0x400000)), KAGE_OK);
 	cpu_store(g.cpu, 0x400000, 7);
 	ck_assert_uint_eq(guest_r64(&g, 0x2001000), 7);
 	ck_assert_uint_eq(guest_r64(&g, 0x2000000), 5);
@@ -608,8 +621,11 @@ START_TEST(test_code)
 
 	ck_assert_int_eq(kage_vcpu_fetch(g.cpu, 0x2000000, &v, 8, NULL), KAGE_OK);
 	cpu_store(g.cpu, 0x2000000, 1);
-	ck_assert_int_eq(kage_vcpu_create(g.vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI,
-							 .code_written = code_written, .opaque = &g), &cpu), KAGE_OK);
+	ck_assert_int_eq(kage_vcpu_create(g.vm,
+					  KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI,
+						   .code_written = code_written, .opaque = &g),
+					  &cpu),
+			 KAGE_OK);
 	code_round(cpu, 0x2000000);
 	root = guest_long_mode(&g, 4);
 	ck_assert_int_eq(kage_vcpu_set_regs(cpu, &g.regs, sizeof(g.regs)), KAGE_OK);
@@ -623,7 +639,7 @@ END_TEST
 START_TEST(test_translate)
 {
 	uint64_t root, at;
-	struct kage_fault f = { 0 };
+	struct kage_fault f = {0};
 
 	ck_assert_int_eq(kage_vcpu_translate(g.cpu, 0x12345, KAGE_READ, &f), KAGE_OK);
 	ck_assert_uint_eq(f.gpa, 0x12345);
@@ -644,7 +660,8 @@ START_TEST(test_translate)
 	g.regs.rflags = 1 << 18;
 	guest_set_regs(&g);
 	ck_assert_int_eq(kage_vcpu_translate(g.cpu, 0x400123, KAGE_READ, &f), KAGE_OK);
-	ck_assert_int_eq(kage_vcpu_translate(g.cpu, 0x400123, KAGE_READ | KAGE_IMPLICIT, &f), KAGE_GUEST_FAULT);
+	ck_assert_int_eq(kage_vcpu_translate(g.cpu, 0x400123, KAGE_READ | KAGE_IMPLICIT, &f),
+			 KAGE_GUEST_FAULT);
 	ck_assert_int_eq(kage_vcpu_translate(g.cpu, 0x400123, KAGE_RWX, &f), -EINVAL);
 }
 END_TEST
@@ -667,7 +684,7 @@ END_TEST
 START_TEST(test_many_roots_stay_within_the_limit)
 {
 	uint64_t root = guest_long_mode(&g, 4);
-	struct kage_stats s = { .size = sizeof(s) };
+	struct kage_stats s = {.size = sizeof(s)};
 
 	(void)root;
 	for (unsigned i = 0; i < 600; i++) {
@@ -729,7 +746,8 @@ START_TEST(test_dirty_logs)
 	cpu_store(g.cpu, 0x40005000, 2);
 	ck_assert_int_ge(kage_dirty_collect(coarse, 32 * MIB, 2 * MIB, bits, sizeof(bits)), 1);
 	ck_assert(bits[0] & 1 << 5);
-	ck_assert_int_eq(kage_dirty_open(g.vm, KAGE_CFG(kage_dirty_config, .flags = KAGE_DIRTY_FINE), &fine), KAGE_OK);
+	ck_assert_int_eq(kage_dirty_open(g.vm, KAGE_CFG(kage_dirty_config, .flags = KAGE_DIRTY_FINE), &fine),
+			 KAGE_OK);
 	cpu_store(g.cpu, 0x40007000, 3);
 	cpu_store(g.cpu, 0x40008000, 3);
 	cpu_store(g.cpu, 0x40007008, 3);
@@ -743,27 +761,27 @@ END_TEST
 
 static void bad_regs(uint64_t cr0, uint64_t cr3, uint64_t cr4, uint64_t efer, int want)
 {
-	struct kage_x86_regs r = { .cr0 = cr0, .cr3 = cr3, .cr4 = cr4, .efer = efer };
+	struct kage_x86_regs r = {.cr0 = cr0, .cr3 = cr3, .cr4 = cr4, .efer = efer};
 
 	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r)), want);
 }
 
 START_TEST(test_registers)
 {
-	struct kage_x86_regs r = { .cpl = 4 };
+	struct kage_x86_regs r = {.cpl = 4};
 
-	bad_regs(0x80000000, 0, 0x20, 0x500, -EINVAL);              /* PG without PE */
-	bad_regs(0x20000001, 0, 0, 0, -EINVAL);                     /* NW without CD */
-	bad_regs(0x80000001, 0, 0x20, 0x100, -EINVAL);              /* LME and PG, but not LMA */
-	bad_regs(0x1, 0, 0x20, 0x400, -EINVAL);                     /* LMA without PG */
-	bad_regs(0x80000001, 0, 0x0, 0x500, -EINVAL);               /* LME without PAE */
-	bad_regs(0x80000001, 0, 0x0, 0x0, -EOPNOTSUPP);             /* 32-bit */
-	bad_regs(0x80000001, 0, 0x20, 0x0, -EOPNOTSUPP);            /* PAE */
+	bad_regs(0x80000000, 0, 0x20, 0x500, -EINVAL);	 /* PG without PE */
+	bad_regs(0x20000001, 0, 0, 0, -EINVAL);		 /* NW without CD */
+	bad_regs(0x80000001, 0, 0x20, 0x100, -EINVAL);	 /* LME and PG, but not LMA */
+	bad_regs(0x1, 0, 0x20, 0x400, -EINVAL);		 /* LMA without PG */
+	bad_regs(0x80000001, 0, 0x0, 0x500, -EINVAL);	 /* LME without PAE */
+	bad_regs(0x80000001, 0, 0x0, 0x0, -EOPNOTSUPP);	 /* 32-bit */
+	bad_regs(0x80000001, 0, 0x20, 0x0, -EOPNOTSUPP); /* PAE */
 	bad_regs(0x80000001, 0, 0x20 | 1 << 23, 0x500, -EOPNOTSUPP);
 	bad_regs(0x80000001, 0, 0x20 | 1ull << 40, 0x500, -EINVAL);
-	bad_regs(0x80000001, 1ull << 50, 0x20, 0x500, -EINVAL);     /* above phys_bits */
-	bad_regs(0x80000001, 1ull << 63, 0x20, 0x500, -EINVAL);     /* no PCIDE */
-	bad_regs(0x1, 0, 1 << 17, 0, -EINVAL);                      /* PCIDE outside long mode */
+	bad_regs(0x80000001, 1ull << 50, 0x20, 0x500, -EINVAL); /* above phys_bits */
+	bad_regs(0x80000001, 1ull << 63, 0x20, 0x500, -EINVAL); /* no PCIDE */
+	bad_regs(0x1, 0, 1 << 17, 0, -EINVAL);			/* PCIDE outside long mode */
 	bad_regs(1ull << 32, 0, 0, 0, -EINVAL);
 	bad_regs(0x1, 0, 0, 1 << 9, -EINVAL);
 	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r)), -EINVAL);
@@ -775,10 +793,11 @@ END_TEST
 
 START_TEST(test_create_and_layout)
 {
-	struct kage_tlb_layout l = { .size = sizeof(l) };
+	struct kage_tlb_layout l = {.size = sizeof(l)};
 	struct kage_vcpu *cpu = (void *)1;
 
-#define bad(want, ...) ck_assert_int_eq(kage_vcpu_create(g.vm, KAGE_CFG(kage_vcpu_config, __VA_ARGS__), &cpu), want)
+#define bad(want, ...)                                                                                       \
+	ck_assert_int_eq(kage_vcpu_create(g.vm, KAGE_CFG(kage_vcpu_config, __VA_ARGS__), &cpu), want)
 	bad(-ENOEXEC, .abi = 1);
 	bad(-EOPNOTSUPP, .arch = 7);
 	bad(-EINVAL, .phys_bits = 20);
