@@ -13,9 +13,9 @@
 
 #include "core.h"
 
-#define BATCH 32            /* clones of one repetition */
-#define SPOTS 1024          /* 2 MiB ranges written in one repetition of un-share */
-#define SPAN (2 * MIB)
+#define BATCH 32   /* clones of one repetition */
+#define SPOTS 1024 /* 2 MiB ranges written in one repetition of un-share */
+#define SPAN  (2 * MIB)
 
 struct full {
 	struct guest g;
@@ -179,8 +179,8 @@ static bool spots_hold(struct kage_vm *vm, uint64_t offset, uint64_t v)
 	return ok;
 }
 
-/* First and second write in each of SPOTS ranges: the first un-shares a leaf table and breaks a page, the second only
- * breaks one. */
+/* First and second write in each of SPOTS ranges: the first un-shares a leaf table and breaks a page, the
+ * second only breaks one. */
 static double sample_unshare(void *arg)
 {
 	struct unshare *u = arg;
@@ -211,23 +211,33 @@ static double sample_unshare(void *arg)
 
 static void unshare_rows(const struct bench *b, struct full *f)
 {
-	struct unshare u = { .f = f };
-	struct row row = { .suite = "clone", .name = "unshare-leaf", .unit = "ns", .goal = GOAL_MOST, .limit = 1500 };
+	struct unshare u = {.f = f};
+	struct row row = {
+	    .suite = "clone", .name = "unshare-leaf", .unit = "ns", .goal = GOAL_MOST, .limit = 1500};
 	struct turns t;
 	uint64_t one = 1;
 
 	for (uint64_t i = 0; i < 2 * SPOTS; i++)
 		must(kage_vm_write(f->g.vm, (i / 2 + 1) * SPAN + (i & 1) * PAGE, &one, 8), "write");
 	t = take_turns(b, sample_unshare, &u, NULL, NULL);
-	row_note(&row, "first minus second write (8 bytes by kage_vm_write) in each of %u ranges of 2 MiB", SPOTS);
+	row_note(&row, "first minus second write (8 bytes by kage_vm_write) in each of %u ranges of 2 MiB",
+		 SPOTS);
 	report_turns(&row, &t);
-	row = (struct row){ .suite = "clone", .name = "unshare-first-write", .unit = "ns", .isvoid = !t.ok,
-			    .value = series_median(&u.first), .spread = series_spread(&u.first),
-			    .note = "un-share of one leaf table and COW break" };
+	row = (struct row){.suite = "clone",
+			   .name = "unshare-first-write",
+			   .unit = "ns",
+			   .isvoid = !t.ok,
+			   .value = series_median(&u.first),
+			   .spread = series_spread(&u.first),
+			   .note = "un-share of one leaf table and COW break"};
 	report_row(&row);
-	row = (struct row){ .suite = "clone", .name = "unshare-second-write", .unit = "ns", .isvoid = !t.ok,
-			    .value = series_median(&u.second), .spread = series_spread(&u.second),
-			    .note = "COW break alone, one page in each 2 MiB" };
+	row = (struct row){.suite = "clone",
+			   .name = "unshare-second-write",
+			   .unit = "ns",
+			   .isvoid = !t.ok,
+			   .value = series_median(&u.second),
+			   .spread = series_spread(&u.second),
+			   .note = "COW break alone, one page in each 2 MiB"};
 	report_row(&row);
 }
 
@@ -235,7 +245,7 @@ static void unshare_rows(const struct bench *b, struct full *f)
 
 static struct full full_create(uint64_t bytes)
 {
-	struct full f = { .g = guest_create(bytes, KAGE_REGION_NOHUGE, 0) };
+	struct full f = {.g = guest_create(bytes, KAGE_REGION_NOHUGE, 0)};
 	uint64_t entries = guest_present(&f.g), one = 1;
 
 	must(entries == bytes / PAGE ? 0 : -EIO, "present entries");
@@ -247,29 +257,48 @@ static void size_rows(const struct bench *b, struct full *big, struct full *smal
 {
 	struct host_memory m = host_anon(GIB);
 	struct turns t = take_turns(b, sample_clone, small, sample_fork, &m);
-	struct row row = { .suite = "clone", .name = "1g", .unit = "ns", .peer = "fork() of 1 GiB in 4 KiB pages",
-			   .goal = GOAL_MOST, .limit = 5000, .note = "262,144 entries present" };
+	struct row row = {.suite = "clone",
+			  .name = "1g",
+			  .unit = "ns",
+			  .peer = "fork() of 1 GiB in 4 KiB pages",
+			  .goal = GOAL_MOST,
+			  .limit = 5000,
+			  .note = "262,144 entries present"};
 
 	report_turns(&row, &t);
 	host_release(&m);
 	t = take_turns(b, sample_clone, big, sample_clone, small);
-	row = (struct row){ .suite = "clone", .name = "16g", .unit = "ns", .peer = "clone of 1 GiB",
-			    .goal = GOAL_MOST, .limit = 5000, .note = "4,194,304 entries present" };
+	row = (struct row){.suite = "clone",
+			   .name = "16g",
+			   .unit = "ns",
+			   .peer = "clone of 1 GiB",
+			   .goal = GOAL_MOST,
+			   .limit = 5000,
+			   .note = "4,194,304 entries present"};
 	report_turns(&row, &t);
 	t = take_turns(b, sample_destroy, big, sample_destroy, small);
-	row = (struct row){ .suite = "clone", .name = "16g-destroy", .unit = "ns", .peer = "destroy of a 1 GiB clone",
-			    .note = "a clone that wrote nothing" };
+	row = (struct row){.suite = "clone",
+			   .name = "16g-destroy",
+			   .unit = "ns",
+			   .peer = "destroy of a 1 GiB clone",
+			   .note = "a clone that wrote nothing"};
 	report_turns(&row, &t);
 	t = take_turns(b, sample_first_write, big, sample_first_write, small);
-	row = (struct row){ .suite = "clone", .name = "16g-first-write", .unit = "ns", .peer = "the same at 1 GiB",
-			    .note = "8 bytes by kage_vm_write: every table of the path and one page" };
+	row = (struct row){.suite = "clone",
+			   .name = "16g-first-write",
+			   .unit = "ns",
+			   .peer = "the same at 1 GiB",
+			   .note = "8 bytes by kage_vm_write: every table of the path and one page"};
 	report_turns(&row, &t);
 }
 
 static void vcpu_rows(const struct bench *b, struct full *big, struct full *small)
 {
-	struct row row = { .suite = "clone", .name = "16g-first-store", .unit = "ns", .peer = "the same at 1 GiB",
-			   .note = "8 bytes by a new vCPU: also its shadow tables" };
+	struct row row = {.suite = "clone",
+			  .name = "16g-first-store",
+			  .unit = "ns",
+			  .peer = "the same at 1 GiB",
+			  .note = "8 bytes by a new vCPU: also its shadow tables"};
 	struct turns t;
 
 	big->stores = small->stores = true;
@@ -278,9 +307,14 @@ static void vcpu_rows(const struct bench *b, struct full *big, struct full *smal
 	big->parent = vcpu_flat(big->g.vm);
 	small->parent = vcpu_flat(small->g.vm);
 	t = take_turns(b, sample_warm, big, sample_warm, small);
-	row = (struct row){ .suite = "clone", .name = "16g-warm", .unit = "ns", .peer = "the same at 1 GiB",
-			    .goal = GOAL_MOST, .limit = 5000,
-			    .note = "the parent's vCPU wrote 512 pages since the last clone; includes the clock, ~0.5 us" };
+	row = (struct row){
+	    .suite = "clone",
+	    .name = "16g-warm",
+	    .unit = "ns",
+	    .peer = "the same at 1 GiB",
+	    .goal = GOAL_MOST,
+	    .limit = 5000,
+	    .note = "the parent's vCPU wrote 512 pages since the last clone; includes the clock, ~0.5 us"};
 	report_turns(&row, &t);
 	kage_vcpu_destroy(big->parent);
 	kage_vcpu_destroy(small->parent);

@@ -28,18 +28,18 @@
 #include <kage/kage.h>
 #include <kage/backend.h>
 
-#define MIB ((uint64_t)1 << 20)
-#define GIB ((uint64_t)1 << 30)
-#define PAGE KAGE_PAGE_SIZE
+#define MIB	 ((uint64_t)1 << 20)
+#define GIB	 ((uint64_t)1 << 30)
+#define PAGE	 KAGE_PAGE_SIZE
 #define REPS_MAX 31
 
-#define likely(x) __builtin_expect(!!(x), 1)
+#define likely(x)   __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
-#define LENGTH(a) (sizeof(a) / sizeof((a)[0]))
+#define LENGTH(a)   (sizeof(a) / sizeof((a)[0]))
 
 struct bench {
 	bool quick;
-	unsigned reps;  /* repetitions of a row; odd */
+	unsigned reps;	/* repetitions of a row; odd */
 	uint64_t shift; /* work of a repetition is divided by 2^shift */
 };
 
@@ -55,7 +55,10 @@ struct series {
 
 void series_add(struct series *s, double v);
 double series_quantile(const struct series *s, double q);
-static inline double series_median(const struct series *s) { return series_quantile(s, 0.5); }
+static inline double series_median(const struct series *s)
+{
+	return series_quantile(s, 0.5);
+}
 /* Distance of the quartiles. */
 double series_spread(const struct series *s);
 
@@ -97,7 +100,7 @@ void report_row(const struct row *row);
 void report_turns(struct row *row, const struct turns *t);
 /* Ends the JSON file. Returns the number of void rows, or -1 if the file could not be written. */
 int report_close(void);
-bool row_note(struct row *row, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void row_note(struct row *row, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* -- guest.c ------------------------------------------------------------------------ */
 
@@ -116,8 +119,8 @@ struct guest guest_create(uint64_t bytes, uint32_t region_flags, uint64_t reserv
 void guest_destroy(struct guest *g);
 /* Steps until nothing waits for its grace period. */
 void guest_settle(const struct guest *g);
-/* Makes every entry present by read faults; no memory is populated. Returns the number of entries made, 0 if the
- * engine's count of faults that made one is another. */
+/* Makes every entry present by read faults; no memory is populated. Returns the number of entries made, 0 if
+ * the engine's count of faults that made one is another. */
 uint64_t guest_present(const struct guest *g);
 struct kage_stats guest_stats(const struct guest *g, struct kage_vm *vm);
 /* The guest's memory at gpa 0 as one host range. It is pinned until guest_unraw(). */

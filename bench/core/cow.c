@@ -15,9 +15,9 @@
 
 #include "core.h"
 
-#define SET GIB
-#define PAGES (SET / PAGE)
-#define KEEP (192 * MIB) /* reserve; steps keep eight times as much */
+#define SET    GIB
+#define PAGES  (SET / PAGE)
+#define KEEP   (192 * MIB) /* reserve; steps keep eight times as much */
 #define CHECKS 4096
 
 struct cow {
@@ -140,8 +140,10 @@ static double sample_fork(void *arg)
 
 static void cow_row(const struct bench *b, struct cow *c, const char *name, bool fork, const char *note)
 {
-	struct row row = { .suite = "fault", .name = name, .unit = "ns",
-			   .peer = fork ? "anonymous memory after fork()" : "MAP_PRIVATE of a memfd" };
+	struct row row = {.suite = "fault",
+			  .name = name,
+			  .unit = "ns",
+			  .peer = fork ? "anonymous memory after fork()" : "MAP_PRIVATE of a memfd"};
 	struct turns t;
 
 	row.goal = fork || c->fresh ? GOAL_NONE : GOAL_RATIO;
@@ -162,16 +164,17 @@ static void cow_row(const struct bench *b, struct cow *c, const char *name, bool
 
 void bench_cow(const struct bench *b)
 {
-	struct bench few = { .quick = b->quick, .reps = b->quick ? 3 : b->reps, .shift = b->shift };
-	struct cow c = { .reserve = KEEP };
+	struct bench few = {.quick = b->quick, .reps = b->quick ? 3 : b->reps, .shift = b->shift};
+	struct cow c = {.reserve = KEEP};
 
-	cow_row(&few, &c, "cow-break", false, "1 GiB in order, mapped by blocks, recycled pool, one vCPU running");
+	cow_row(&few, &c, "cow-break", false,
+		"1 GiB in order, mapped by blocks, recycled pool, one vCPU running");
 	cow_row(&few, &c, "cow-break-fork", true, "the same against fork()");
 	c.random = true;
 	cow_row(&few, &c, "cow-break-random", false, "pages in random order");
 	c.random = false;
 	c.flags = KAGE_REGION_NOHUGE;
 	cow_row(&few, &c, "cow-break-4k", false, "in order, mapped in 4 KiB pieces");
-	c = (struct cow){ .fresh = true };
+	c = (struct cow){.fresh = true};
 	cow_row(&few, &c, "cow-break-empty", false, "new engine: refill of the empty pool included");
 }

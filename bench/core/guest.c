@@ -13,7 +13,8 @@ void must(int result, const char *what)
 	if (result == 0)
 		return;
 	fflush(stdout);
-	fprintf(stderr, "kage-bench-core: %s: %s (%d)\n", what, result < 0 ? strerror(-result) : "outcome", result);
+	fprintf(stderr, "kage-bench-core: %s: %s (%d)\n", what, result < 0 ? strerror(-result) : "outcome",
+		result);
 	exit(2);
 }
 
@@ -29,7 +30,7 @@ void *must_map(void *p, const char *what)
 
 struct guest guest_create(uint64_t bytes, uint32_t region_flags, uint64_t reserve)
 {
-	struct guest g = { .bytes = bytes };
+	struct guest g = {.bytes = bytes};
 
 	must(kage_engine_create(KAGE_CFG(kage_engine_config, .reserve = reserve), &g.engine), "engine");
 	must(kage_vm_create(g.engine, NULL, &g.vm), "guest");
@@ -45,7 +46,7 @@ void guest_destroy(struct guest *g)
 
 void guest_settle(const struct guest *g)
 {
-	struct kage_progress p = { .size = sizeof(p), .more = 1 };
+	struct kage_progress p = {.size = sizeof(p), .more = 1};
 
 	while (p.more || p.frames_freed) {
 		p.more = 0;
@@ -56,7 +57,7 @@ void guest_settle(const struct guest *g)
 
 struct kage_stats guest_stats(const struct guest *g, struct kage_vm *vm)
 {
-	struct kage_stats s = { .size = sizeof(s) };
+	struct kage_stats s = {.size = sizeof(s)};
 
 	must(kage_stats_get(g->engine, vm, &s), "stats");
 	return s;
@@ -83,7 +84,9 @@ uint64_t guest_present(const struct guest *g)
 	}
 	kage_reader_finish(&r);
 	after = guest_stats(g, g->vm);
-	return after.faults - before.faults - (after.faults_spurious - before.faults_spurious) == entries ? entries : 0;
+	return after.faults - before.faults - (after.faults_spurious - before.faults_spurious) == entries
+		   ? entries
+		   : 0;
 }
 
 char *guest_raw(const struct guest *g, uint64_t bytes)
@@ -136,11 +139,11 @@ struct kage_vcpu *vcpu_paged(struct kage_vm *vm, uint64_t tables)
 {
 	struct kage_vcpu *v = vcpu_flat(vm);
 	const struct kage_x86_regs regs = {
-		.cr0 = 0x80010001, /* PG, WP, PE */
-		.cr3 = tables,
-		.cr4 = 0x20,  /* PAE */
-		.efer = 0xd00, /* NXE, LMA, LME */
-		.cpl = 3,
+	    .cr0 = 0x80010001, /* PG, WP, PE */
+	    .cr3 = tables,
+	    .cr4 = 0x20,   /* PAE */
+	    .efer = 0xd00, /* NXE, LMA, LME */
+	    .cpl = 3,
 	};
 
 	must(kage_vcpu_set_regs(v, &regs, sizeof(regs)), "registers");

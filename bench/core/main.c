@@ -15,8 +15,8 @@ static const struct suite {
 	const char *name;
 	void (*run)(const struct bench *b);
 } suites[] = {
-	{ "translate", bench_translate }, { "clone", bench_clone },   { "fault", bench_cow },
-	{ "notify", bench_storm },	  { "memory", bench_memory },
+    {"translate", bench_translate}, {"clone", bench_clone},   {"fault", bench_cow},
+    {"notify", bench_storm},	    {"memory", bench_memory},
 };
 
 static int usage(void)
@@ -38,7 +38,7 @@ static int find_suite(const char *name)
 
 int main(int argc, char **argv)
 {
-	struct bench b = { .reps = 11 };
+	struct bench b = {.reps = 11};
 	const char *json = NULL;
 	unsigned wanted = 0;
 	int bad;

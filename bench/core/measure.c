@@ -67,7 +67,7 @@ static bool sample(sample_fn fn, void *arg, struct series *s, bool counts)
 
 struct turns take_turns(const struct bench *b, sample_fn ours, void *arg, sample_fn peer, void *peer_arg)
 {
-	struct turns t = { .ok = true };
+	struct turns t = {.ok = true};
 
 	for (unsigned i = 0; i <= b->reps; i++) {
 		bool first = i & 1;

@@ -17,12 +17,18 @@ static void memory_row(const char *name, uint32_t flags, double limit, double li
 	uint64_t entries = guest_present(&g);
 	struct kage_stats s = guest_stats(&g, NULL);
 	double bytes = (double)(s.frames_table * PAGE + s.bytes_metadata);
-	struct row row = { .suite = "memory", .name = name, .unit = "%", .peer = peer, .goal = GOAL_MOST,
-			   .limit = limit, .value = bytes * 100 / (double)SIZE,
-			   .peer_value = linux_bytes * 100 / (double)SIZE };
+	struct row row = {.suite = "memory",
+			  .name = name,
+			  .unit = "%",
+			  .peer = peer,
+			  .goal = GOAL_MOST,
+			  .limit = limit,
+			  .value = bytes * 100 / (double)SIZE,
+			  .peer_value = linux_bytes * 100 / (double)SIZE};
 
 	/* All of it is mapped, by as many entries as the row says. */
-	row.isvoid = flags & KAGE_REGION_NOHUGE ? entries != SIZE / PAGE : !entries || entries > SIZE / (2 * MIB);
+	row.isvoid =
+	    flags & KAGE_REGION_NOHUGE ? entries != SIZE / PAGE : !entries || entries > SIZE / (2 * MIB);
 	row_note(&row, "%llu entries present; tables %.1f MiB, metadata %.1f MiB, shadow apart (%.1f MiB)",
 		 (unsigned long long)entries, (double)(s.frames_table * PAGE) / (double)MIB,
 		 (double)s.bytes_metadata / (double)MIB, (double)s.shadow_bytes / (double)MIB);
@@ -35,6 +41,7 @@ void bench_memory(const struct bench *b)
 	(void)b;
 	memory_row("metadata-4k", KAGE_REGION_NOHUGE, 0.6, (double)(SIZE / PAGE) * (64 + 8),
 		   "Linux: struct page and tables, arithmetic");
-	memory_row("metadata-block", 0, 0.05, (double)(SIZE / PAGE) * 64 + (double)(SIZE / (2 * MIB)) * (8 + 4096),
+	memory_row("metadata-block", 0, 0.05,
+		   (double)(SIZE / PAGE) * 64 + (double)(SIZE / (2 * MIB)) * (8 + 4096),
 		   "Linux with huge pages, arithmetic");
 }

@@ -16,7 +16,7 @@ static void populate(char *p, uint64_t bytes)
 
 struct host_memory host_memfd(uint64_t bytes)
 {
-	struct host_memory m = { .bytes = bytes, .fd = memfd_create("kage-bench", MFD_CLOEXEC) };
+	struct host_memory m = {.bytes = bytes, .fd = memfd_create("kage-bench", MFD_CLOEXEC)};
 
 	must(m.fd < 0 ? -errno : 0, "memfd");
 	must(ftruncate(m.fd, (off_t)bytes) ? -errno : 0, "ftruncate");
@@ -27,7 +27,7 @@ struct host_memory host_memfd(uint64_t bytes)
 
 struct host_memory host_anon(uint64_t bytes)
 {
-	struct host_memory m = { .bytes = bytes, .fd = -1 };
+	struct host_memory m = {.bytes = bytes, .fd = -1};
 
 	m.p = must_map(mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), "mmap");
 	populate(m.p, bytes);

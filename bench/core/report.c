@@ -20,21 +20,18 @@ bool report_open(const char *path)
 		fputs("[", json);
 		first_object = true;
 	}
-	printf("%-34s %11s %9s %-6s %11s %7s  %-22s %s\n", "case", "value", "+/-", "unit", "peer", "ratio", "goal",
-	       "note");
+	printf("%-40s %11s %9s %-6s %11s %7s  %-24s %s\n", "case", "value", "+/-", "unit", "peer", "ratio",
+	       "goal", "note");
 	return true;
 }
 
-bool row_note(struct row *row, const char *format, ...)
+void row_note(struct row *row, const char *format, ...)
 {
-	size_t used = strlen(row->note);
 	va_list ap;
-	int n;
 
 	va_start(ap, format);
-	n = vsnprintf(row->note + used, sizeof(row->note) - used, format, ap);
+	vsnprintf(row->note, sizeof(row->note), format, ap);
 	va_end(ap);
-	return n >= 0 && (size_t)n < sizeof(row->note) - used;
 }
 
 void report_turns(struct row *row, const struct turns *t)
@@ -106,8 +103,8 @@ static void json_row(const struct row *r, double ratio, const char *goal)
 	char note[300];
 	bool peer = r->peer && !r->isvoid;
 
-	snprintf(note, sizeof(note), "%s%s%s%s%s", r->isvoid ? "void: check failed; " : "", *goal ? "goal " : "", goal,
-		 *goal && *r->note ? "; " : "", r->note);
+	snprintf(note, sizeof(note), "%s%s%s%s%s", r->isvoid ? "void: check failed; " : "",
+		 *goal ? "goal " : "", goal, *goal && *r->note ? "; " : "", r->note);
 	fputs(first_object ? "\n{" : ",\n{", json);
 	first_object = false;
 	json_string("suite", r->suite);
@@ -145,13 +142,13 @@ void report_row(const struct row *r)
 		snprintf(times, sizeof(times), "%.2f", ratio);
 	}
 	if (r->isvoid)
-		printf("%-34s %11s %9s %-6s %11s %7s  %-22s %s\n", name, "void", "", r->unit, "", "", "check failed",
-		       r->note);
+		printf("%-40s %11s %9s %-6s %11s %7s  %-24s %s\n", name, "void", "", r->unit, "", "",
+		       "check failed", r->note);
 	else
-		printf("%-34s %11.6g %9.3g %-6s %11s %7s  %-22s %s%s%s\n", name, r->value, r->spread, r->unit, peer,
-		       times, goal, r->peer ? "peer: " : "", r->peer ? r->peer : "", *r->note ? "" : "");
+		printf("%-40s %11.6g %9.3g %-6s %11s %7s  %-24s %s%s\n", name, r->value, r->spread, r->unit,
+		       peer, times, goal, r->peer ? "peer: " : "", r->peer ? r->peer : "");
 	if (!r->isvoid && *r->note)
-		printf("%-34s   %s\n", "", r->note);
+		printf("%-40s   %s\n", "", r->note);
 	fflush(stdout);
 	voids += r->isvoid;
 	if (json)

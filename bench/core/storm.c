@@ -27,7 +27,8 @@ static void *stormer(void *arg)
 
 	s->ok = true;
 	while (!s->stop) {
-		uint64_t at = RANGE_A + mix(s->changes) % (RANGE_B / PAGE) * PAGE, v = s->changes + 1, seen = 0;
+		uint64_t at = RANGE_A + mix(s->changes) % (RANGE_B / PAGE) * PAGE, v = s->changes + 1,
+			 seen = 0;
 
 		must(kage_vm_advise(s->g.vm, at, PAGE, KAGE_ADVICE_DISCARD), "discard");
 		must(kage_vm_read(s->g.vm, at, &seen, 8), "read");
@@ -100,11 +101,11 @@ static double storm_run(struct storm *s, bool storming, struct kage_stats *stats
 
 void bench_storm(const struct bench *b)
 {
-	struct storm s = { .faults = (uint64_t)1 << (20 - b->shift) };
-	struct series count = { 0 }, busy = { 0 }, quiet = { 0 };
+	struct storm s = {.faults = (uint64_t)1 << (20 - b->shift)};
+	struct series count = {0}, busy = {0}, quiet = {0};
 	uint64_t retried = 0, changes = 0, faults = 0;
 	struct kage_stats stats;
-	struct row row = { .suite = "notify", .name = "spurious-storm", .unit = "count", .goal = GOAL_MOST };
+	struct row row = {.suite = "notify", .name = "spurious-storm", .unit = "count", .goal = GOAL_MOST};
 	bool ok = true;
 
 	for (unsigned i = 0; i < b->reps; i++) {
@@ -119,12 +120,19 @@ void bench_storm(const struct bench *b)
 	}
 	row.spread = series_spread(&count);
 	row.isvoid = !ok;
-	row_note(&row, "spurious retries in all repetitions: %llu faults, %llu changes elsewhere, %llu retried",
+	row_note(&row,
+		 "spurious retries in all repetitions: %llu faults, %llu changes elsewhere, %llu retried",
 		 (unsigned long long)faults, (unsigned long long)changes, (unsigned long long)retried);
 	report_row(&row);
-	row = (struct row){ .suite = "notify", .name = "storm-fault", .unit = "ns", .peer = "no storm", .isvoid = !ok,
-			    .value = series_median(&busy), .spread = series_spread(&busy),
-			    .peer_value = series_median(&quiet),
-			    .note = "wall time of a fault (half first loads by a vCPU, half backend faults) in the storm" };
+	row = (struct row){
+	    .suite = "notify",
+	    .name = "storm-fault",
+	    .unit = "ns",
+	    .peer = "no storm",
+	    .isvoid = !ok,
+	    .value = series_median(&busy),
+	    .spread = series_spread(&busy),
+	    .peer_value = series_median(&quiet),
+	    .note = "wall time of a fault (half first loads by a vCPU, half backend faults) in the storm"};
 	report_row(&row);
 }

@@ -18,11 +18,11 @@
 
 #include "core.h"
 
-#define ALWAYS static inline __attribute__((always_inline))
-#define DATA (64 * MIB)
+#define ALWAYS	  static inline __attribute__((always_inline))
+#define DATA	  (64 * MIB)
 #define GVA_PAGED ((uint64_t)1 << 46)
-#define STEP (8 * 331) /* visits every word of the set; mostly another page each time */
-#define BLOCK 1024
+#define STEP	  (8 * 331) /* visits every word of the set; mostly another page each time */
+#define BLOCK	  1024
 
 enum mode { RAW, EACH, ENTER };
 enum op { LOAD, STORE, FETCH };
@@ -31,11 +31,11 @@ enum shape { STRIDE, RANDOM, PAGES, SHAPES }; /* PAGES: one line in each page, p
 struct lane {
 	char *raw;
 	struct kage_vcpu *v;
-	uint64_t gva;   /* of offset 0 */
+	uint64_t gva;	/* of offset 0 */
 	uint64_t bytes; /* of the working set, a power of two */
-	uint64_t at;    /* counter, or offset of the next pointer */
-	uint64_t key;   /* of the last run of stores */
-	int bad;        /* an access that did not succeed */
+	uint64_t at;	/* counter, or offset of the next pointer */
+	uint64_t key;	/* of the last run of stores */
+	int bad;	/* an access that did not succeed */
 };
 
 ALWAYS uint64_t page_line(uint64_t page)
@@ -116,7 +116,8 @@ ALWAYS uint64_t eight_dependent(struct lane *l, enum mode mode, enum op op)
 	return sum;
 }
 
-ALWAYS uint64_t loop(struct lane *lane, enum mode mode, enum op op, enum shape shape, bool dependent, uint64_t n)
+ALWAYS uint64_t loop(struct lane *lane, enum mode mode, enum op op, enum shape shape, bool dependent,
+		     uint64_t n)
 {
 	struct lane l = *lane; /* in registers */
 	uint64_t sum = 0;
@@ -125,7 +126,8 @@ ALWAYS uint64_t loop(struct lane *lane, enum mode mode, enum op op, enum shape s
 		if (mode == ENTER)
 			kage_vcpu_enter(l.v);
 		for (unsigned i = 0; i < BLOCK; i += 8) {
-			sum += dependent ? eight_dependent(&l, mode, op) : eight(&l, mode, op, shape, l.at + i);
+			sum +=
+			    dependent ? eight_dependent(&l, mode, op) : eight(&l, mode, op, shape, l.at + i);
 			if (mode == ENTER && unlikely(kage_vcpu_wanted(l.v))) {
 				kage_vcpu_leave(l.v);
 				kage_vcpu_enter(l.v);
@@ -140,25 +142,25 @@ ALWAYS uint64_t loop(struct lane *lane, enum mode mode, enum op op, enum shape s
 	return sum;
 }
 
-#define BY_SHAPE(mode, op)                                                                            \
-	do {                                                                                          \
-		if (dependent)                                                                        \
-			return loop(l, mode, op, PAGES, true, n);                                     \
-		if (shape == STRIDE)                                                                  \
-			return loop(l, mode, op, STRIDE, false, n);                                   \
-		return shape == RANDOM ? loop(l, mode, op, RANDOM, false, n) :                        \
-					 loop(l, mode, op, PAGES, false, n);                          \
+#define BY_SHAPE(mode, op)                                                                                   \
+	do {                                                                                                 \
+		if (dependent)                                                                               \
+			return loop(l, mode, op, PAGES, true, n);                                            \
+		if (shape == STRIDE)                                                                         \
+			return loop(l, mode, op, STRIDE, false, n);                                          \
+		return shape == RANDOM ? loop(l, mode, op, RANDOM, false, n)                                 \
+				       : loop(l, mode, op, PAGES, false, n);                                 \
 	} while (0)
 
-#define BY_MODE(name, op)                                                                             \
-	static __attribute__((noinline)) uint64_t name(struct lane *l, enum mode mode,                \
-						       enum shape shape, bool dependent, uint64_t n)  \
-	{                                                                                             \
-		if (mode == RAW)                                                                      \
-			BY_SHAPE(RAW, op);                                                            \
-		if (mode == EACH)                                                                     \
-			BY_SHAPE(EACH, op);                                                           \
-		BY_SHAPE(ENTER, op);                                                                  \
+#define BY_MODE(name, op)                                                                                    \
+	static __attribute__((noinline)) uint64_t name(struct lane *l, enum mode mode, enum shape shape,     \
+						       bool dependent, uint64_t n)                           \
+	{                                                                                                    \
+		if (mode == RAW)                                                                             \
+			BY_SHAPE(RAW, op);                                                                   \
+		if (mode == EACH)                                                                            \
+			BY_SHAPE(EACH, op);                                                                  \
+		BY_SHAPE(ENTER, op);                                                                         \
 	}
 
 BY_MODE(run_load, LOAD)
@@ -296,17 +298,20 @@ static const struct set {
 	uint64_t n, n_dependent;
 	const char *note;
 } sets[] = {
-	{ "", 16 << 10, STRIDE, 4 << 20, 2 << 20, "16 KiB" },
-	{ "-256k", 256 << 10, STRIDE, 4 << 20, 1 << 20, "256 KiB" },
-	{ "-4m", 4 << 20, RANDOM, 2 << 20, 1 << 19, "4 MiB at random: all the inline TLB reaches" },
-	{ "-64m", 64 << 20, RANDOM, 1 << 19, 1 << 17, "64 MiB at random: 15 of 16 accesses miss the inline TLB" },
+    {"", 16 << 10, STRIDE, 4 << 20, 2 << 20, "16 KiB"},
+    {"-256k", 256 << 10, STRIDE, 4 << 20, 1 << 20, "256 KiB"},
+    {"-4m", 4 << 20, RANDOM, 2 << 20, 1 << 19, "4 MiB at random: all the inline TLB reaches"},
+    {"-64m", 64 << 20, RANDOM, 1 << 19, 1 << 17, "64 MiB at random: 15 of 16 accesses miss the inline TLB"},
 };
 
 static void hit_row(const struct bench *b, struct lane *l, const struct set *s, struct work w, bool paged)
 {
-	static const char *const names[] = { "load", "store", "fetch" };
+	static const char *const names[] = {"load", "store", "fetch"};
 	bool beyond = s->bytes > MIB;
-	struct row row = { .goal = beyond ? GOAL_TIMES : GOAL_EXTRA, .limit = beyond ? 1.5 : w.dependent ? 4 : 1.5 };
+	struct row row = {.goal = beyond ? GOAL_TIMES : GOAL_EXTRA,
+			  .limit = beyond	 ? 1.5
+				   : w.dependent ? 4
+						 : 1.5};
 	char name[64];
 
 	snprintf(name, sizeof(name), "hit-%s%s%s%s%s", names[w.op], w.dependent ? "-dep" : "", s->name,
@@ -328,9 +333,11 @@ static void hit_rows(const struct bench *b, struct lane *l, bool paged)
 			for (unsigned dependent = 0; dependent < 2; dependent++)
 				for (unsigned mode = EACH; mode <= ENTER; mode++)
 					hit_row(b, l, &sets[i],
-						(struct work){ .mode = mode, .op = op, .dependent = dependent }, paged);
+						(struct work){.mode = mode, .op = op, .dependent = dependent},
+						paged);
 	for (unsigned dependent = 0; dependent < 2; dependent++)
-		hit_row(b, l, &sets[0], (struct work){ .mode = EACH, .op = FETCH, .dependent = dependent }, paged);
+		hit_row(b, l, &sets[0], (struct work){.mode = EACH, .op = FETCH, .dependent = dependent},
+			paged);
 }
 
 /* Working sets that the inline TLB cannot hold and the second level does: one line in each page. */
@@ -339,12 +346,17 @@ static void miss_rows(const struct bench *b, struct lane *l, const char *kind)
 	for (unsigned i = 0; i < 4; i++) {
 		bool dependent = i & 1;
 		uint64_t pages = i & 2 ? 16384 : 4096;
-		struct work w = { .lane = l, .mode = EACH, .op = LOAD, .shape = PAGES, .dependent = dependent,
-				  .n = dependent ? 1 << 18 : 1 << 20 };
-		struct row row = { .goal = GOAL_EXTRA, .limit = 15 };
+		struct work w = {.lane = l,
+				 .mode = EACH,
+				 .op = LOAD,
+				 .shape = PAGES,
+				 .dependent = dependent,
+				 .n = dependent ? 1 << 18 : 1 << 20};
+		struct row row = {.goal = GOAL_EXTRA, .limit = 15};
 		char name[64];
 
-		snprintf(name, sizeof(name), "miss-warm%s%s%s", dependent ? "-dep" : "", i & 2 ? "-16384" : "", kind);
+		snprintf(name, sizeof(name), "miss-warm%s%s%s", dependent ? "-dep" : "",
+			 i & 2 ? "-16384" : "", kind);
 		row.name = name;
 		row_note(&row, "%s of %llu pages at random, one line each",
 			 dependent ? "dependent loads" : "loads", (unsigned long long)pages);
@@ -357,8 +369,8 @@ void bench_translate(const struct bench *b)
 {
 	uint64_t tables = DATA, bytes = DATA + 2 * MIB;
 	struct guest blocks = guest_create(bytes, 0, 0), pieces = guest_create(bytes, KAGE_REGION_NOHUGE, 0);
-	struct lane flat = { .raw = guest_raw(&blocks, DATA) }, small = { .raw = guest_raw(&pieces, DATA) };
-	struct lane paged = { .raw = flat.raw, .gva = GVA_PAGED };
+	struct lane flat = {.raw = guest_raw(&blocks, DATA)}, small = {.raw = guest_raw(&pieces, DATA)};
+	struct lane paged = {.raw = flat.raw, .gva = GVA_PAGED};
 
 	guest_tables(&blocks, GVA_PAGED, DATA, tables);
 	flat.v = vcpu_flat(blocks.vm);

@@ -19,6 +19,7 @@
 #define SPACE_MAX ((uint64_t)64 << 40)
 #define RESERVE_DEFAULT ((uint64_t)4 << 20)
 #define WINDOW_TIMEOUT_MS 10000
+#define DEFER_DUE 1024 /* objects */
 
 uint32_t kage_version(void)
 {
@@ -166,7 +167,7 @@ void engine_due(struct kage_engine *e)
 
 void engine_settle(struct kage_engine *e)
 {
-	if (pool_reap_due(e->pool)) {
+	if (pool_reap_due(e->pool) || atomic_load(&e->env.defer.pending) > DEFER_DUE) {
 		pool_reap(e->pool);
 		defer_run(&e->env.defer);
 	}

@@ -140,7 +140,10 @@ int kage_vm_map(struct kage_vm *vm, const struct kage_region *region)
 	if (r)
 		return r;
 	config_copy(&c, region, sizeof(c));
-	return mm_map(&vm->mm, &c);
+	r = mm_map(&vm->mm, &c);
+	if (!r)
+		engine_settle(vm->engine);
+	return r;
 }
 
 int kage_vm_unmap(struct kage_vm *vm, uint64_t gpa, uint64_t len)
@@ -158,7 +161,11 @@ int kage_vm_protect(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint32_t pro
 {
 	int r = range_check(vm, gpa, len);
 
-	return r ? r : mm_protect(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, prot);
+	if (!r)
+		r = mm_protect(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, prot);
+	if (!r)
+		engine_settle(vm->engine);
+	return r;
 }
 
 int kage_vm_advise(struct kage_vm *vm, uint64_t gpa, uint64_t len, enum kage_advice advice)

@@ -83,10 +83,8 @@ static void add_pages(struct mm *mm, struct kage_stats *out)
 	}
 }
 
-void obs_guest(struct mm *mm, struct kage_stats *out)
+static void add_guest_figures(struct mm *mm, struct kage_stats *out)
 {
-	struct merge_mm *g = mm->merge;
-
 	out->guests = 1;
 	add_counters(&mm->count, out);
 	add_notify(&mm->notify, out);
@@ -94,18 +92,26 @@ void obs_guest(struct mm *mm, struct kage_stats *out)
 	out->pages_mapped = out->pages_nominal - out->pages_untouched;
 	out->ksm_pages_sharing = out->pages_shared_merge;
 	out->ksm_zero_pages = out->pages_zero;
+	out->ksm_general_profit = (int64_t)((out->pages_shared_merge + out->pages_zero) * PAGE_SIZE);
+}
+
+/* mm->merge lives as long as the guest, which the caller keeps from being destroyed. */
+void obs_guest(struct mm *mm, struct kage_stats *out)
+{
+	struct merge_mm *g = mm->merge;
+
+	add_guest_figures(mm, out);
 	if (g) {
 		out->ksm_pages_volatile = READ_ONCE(g->volatiles_last);
 		out->ksm_pages_skipped = READ_ONCE(g->skipped_last);
 	}
-	out->ksm_general_profit = (int64_t)((out->pages_shared_merge + out->pages_zero) * PAGE_SIZE);
 }
 
 static int add_guest(struct mm *mm, void *arg)
 {
 	struct kage_stats *out = arg, one = { 0 };
 
-	obs_guest(mm, &one);
+	add_guest_figures(mm, &one);
 	out->guests++;
 	add_counters(&mm->count, out);
 	add_notify(&mm->notify, out);

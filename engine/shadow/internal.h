@@ -326,6 +326,7 @@ static inline bool unflushed(struct shadow *s, uint64_t seq)
 {
 	return atomic_load_explicit(&s->flushed_seq, memory_order_acquire) < seq;
 }
+void break_code(struct shadow *s, gfn_t g, gfn_t end);
 bool inflight_overlaps(const struct shadow *s, gfn_t gfn);
 
 #endif

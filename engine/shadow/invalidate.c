@@ -354,23 +354,41 @@ static void direct_lost(struct shadow *s, gfn_t start, gfn_t end, uint32_t kinds
 		batch_add(s, gfn_gpa(start).v, end.v - start.v, kinds);
 }
 
-/* Returns the first gfn from `g` on that is watched as code, or `end`. */
-static gfn_t next_code(struct shadow *s, gfn_t g, gfn_t end)
+/* The first gfn of a chunk in [g, end) that is watched as code, or `end`. */
+static gfn_t chunk_next_code(const struct chunk *c, gfn_t g, gfn_t end)
 {
-	while (g.v < end.v) {
-		struct chunk *c = chunk_find(s, g);
+	uint64_t base = c->key << LEVEL_BITS;
 
-		if (chunk_code(c, g))
-			return g;
-		g.v = c && c->watched ? g.v + 1 : (g.v | (BLOCK_PAGES - 1)) + 1;
-	}
-	return end;
+	g.v = MAX(g.v, base);
+	end.v = MIN(end.v, base + BLOCK_PAGES);
+	while (c->watched && g.v < end.v && !chunk_code(c, g))
+		g.v++;
+	return g.v < end.v && c->watched ? g : GFN(UINT64_MAX);
 }
 
-/* New contents are a write to the code that was there. */
-static void break_code(struct shadow *s, gfn_t g, gfn_t end)
+static gfn_t next_code(struct shadow *s, gfn_t g, gfn_t end)
 {
-	for (;;) {
+	gfn_t first = end;
+
+	if (end.v - g.v <= BLOCK_PAGES * (uint64_t)s->nchunks) {
+		for (; g.v < end.v && first.v == end.v; g.v = (g.v | (BLOCK_PAGES - 1)) + 1) {
+			struct chunk *c = chunk_find(s, g);
+
+			if (c)
+				first.v = MIN(first.v, chunk_next_code(c, g, end).v);
+		}
+		return first;
+	}
+	for (uint32_t i = 0; i < 1u << s->chunk_bits; i++)
+		for (struct chunk *c = s->chunk_hash[i]; c; c = c->hash_next)
+			first.v = MIN(first.v, chunk_next_code(c, g, end).v);
+	return first;
+}
+
+/* Ends every watch over code in the range, since its contents are new. */
+void break_code(struct shadow *s, gfn_t g, gfn_t end)
+{
+	for (;; g.v++) {
 		lock_take(&s->lock);
 		g = s->code_cpus ? next_code(s, g, end) : end;
 		lock_drop(&s->lock);

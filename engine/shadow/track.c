@@ -33,6 +33,7 @@
 
 #define FLOOD	    3
 #define FLOOD_UPPER 64
+#define LONG_WRITE  (16 * PAGE_SIZE)
 #define QUIET	    2
 
 void watch(struct shadow *s, struct chunk *c, uint64_t *map, gfn_t gfn)
@@ -233,8 +234,30 @@ static void gfn_written(struct shadow *s, gfn_t gfn, uint64_t offset, uint64_t l
 		code_break(s, gfn);
 }
 
+/* A long range: by the pages there are, not by the gfns. */
+static void range_written(struct shadow *s, gpa_t gpa, uint64_t len)
+{
+	gfn_t start = gpa_gfn(gpa), last = gpa_gfn(GPA(gpa.v + len - 1));
+
+	lock_take(&s->lock);
+	list_for_each_safe(n, tmp, &s->pages)
+	{
+		struct shadow_page *p = container_of(n, struct shadow_page, node);
+
+		if (!(p->role & ROLE_DIRECT) && p->gfn.v >= start.v && p->gfn.v <= last.v)
+			page_written(s, p, 0, LEVEL_ENTRIES - 1);
+	}
+	batch_apply(s);
+	lock_drop(&s->lock);
+	break_code(s, start, gfn_add(last, 1));
+}
+
 void shadow_written(struct shadow *s, gpa_t gpa, uint64_t len)
 {
+	if (len > LONG_WRITE) {
+		range_written(s, gpa, len);
+		return;
+	}
 	while (len) {
 		uint64_t n = MIN(len, PAGE_SIZE - gpa_offset(gpa));
 

@@ -10,7 +10,8 @@
  *
  * Environment: KAGE_SEED (of the first sequence; sequence i has seed + i, so a
  * failure is repeated with KAGE_SEED=<printed> KAGE_SEQUENCES=1),
- * KAGE_SEQUENCES, KAGE_STEPS, KAGE_VERBOSE (every operation is printed).
+ * KAGE_SEQUENCES, KAGE_STEPS, KAGE_JOBS (processes), KAGE_VERBOSE (every
+ * operation is printed).
  *
  * Invariants of the driver: guests 0..count-1 are alive; a region lies inside
  * one area (AREA_PAGES pages from an entry of `areas`), so that harvesting all
@@ -25,6 +26,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <kage/kage.h>
@@ -85,7 +87,7 @@ struct run {
 	bool verbose;
 };
 
-static struct {
+static struct total {
 	uint64_t steps, refused, out_of_memory, merges, breaks, blocks_split, clones, checks, unshared;
 } total;
 
@@ -403,7 +405,7 @@ static uint64_t region_pages(struct run *r)
 	unsigned dice = rng_below(&r->rng, 100);
 
 	return dice < 50   ? 1 + rng_below(&r->rng, 40)
-	       : dice < 85 ? 64 + rng_below(&r->rng, 100)
+	       : dice < 92 ? 64 + rng_below(&r->rng, 100)
 			   : 512 + rng_below(&r->rng, 200);
 }
 
@@ -1109,7 +1111,7 @@ static void start(struct run *r, uint64_t seed)
 		r->limit = (4 + rng_below(&r->rng, 12)) << 20;
 	c.backing = seed % 2 ? KAGE_BACKING_MEMFD : KAGE_BACKING_ANON;
 	c.memory_limit = r->limit;
-	c.address_space = seed % 16 == 5 ? 0 : (uint64_t)1 << 36; /* the audit looks at every section of it */
+	c.address_space = seed % 64 == 5 ? 0 : (uint64_t)1 << 36; /* the audit looks at every section of it */
 	op(r, "seed %llu: backing %u, limit %llu, %u areas", (unsigned long long)seed, c.backing,
 	   (unsigned long long)r->limit, r->reach);
 	expect(r, kage_engine_create(&c, &r->engine), KAGE_OK);
@@ -1168,33 +1170,66 @@ static void finish(struct run *r)
 	}
 }
 
-int main(void)
+static void run_sequences(uint64_t seed, uint64_t sequences, uint64_t steps, unsigned first, unsigned stride)
 {
-	uint64_t seed = env_number("KAGE_SEED", 1), sequences = env_number("KAGE_SEQUENCES", 200);
-	uint64_t steps = env_number("KAGE_STEPS", 2000);
 	static struct run r;
 
-	printf("model: seed %llu, %llu sequences of %llu steps\n", (unsigned long long)seed,
-	       (unsigned long long)sequences, (unsigned long long)steps);
-	fflush(stdout);
-	for (uint64_t i = 0; i < sequences; i++) {
+	for (uint64_t i = first; i < sequences; i += stride) {
 		start(&r, seed + i);
 		for (r.step = 0; r.step < steps; r.step++)
 			one_step(&r);
 		finish(&r);
 	}
+}
+
+/* Sequences share nothing: each process takes every `jobs`-th. Returns false if one of them failed. */
+static bool run_jobs(uint64_t seed, uint64_t sequences, uint64_t steps, unsigned jobs)
+{
+	struct total *part =
+	    mmap(NULL, jobs * sizeof(*part), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	bool good = part != MAP_FAILED;
+	int status;
+
+	for (unsigned j = 0; good && j < jobs; j++) {
+		if (fork() != 0)
+			continue;
+		run_sequences(seed, sequences, steps, j, jobs);
+		part[j] = total;
+		exit(0);
+	}
+	while (wait(&status) > 0)
+		good &= WIFEXITED(status) && WEXITSTATUS(status) == 0;
+	for (unsigned j = 0; good && j < jobs; j++)
+		for (unsigned k = 0; k < sizeof(total) / sizeof(uint64_t); k++)
+			((uint64_t *)&total)[k] += ((uint64_t *)&part[j])[k];
+	return good;
+}
+
+#define LLU(field) (unsigned long long)total.field
+
+int main(void)
+{
+	uint64_t seed = env_number("KAGE_SEED", 1), sequences = env_number("KAGE_SEQUENCES", 200);
+	uint64_t steps = env_number("KAGE_STEPS", 2000),
+		 jobs = env_number("KAGE_JOBS", sequences > 1 ? 2 : 1);
+	bool good = true;
+
+	printf("model: seed %llu, %llu sequences of %llu steps, %llu processes\n", (unsigned long long)seed,
+	       (unsigned long long)sequences, (unsigned long long)steps, (unsigned long long)jobs);
+	fflush(stdout);
+	if (jobs > 1)
+		good = run_jobs(seed, sequences, steps, jobs);
+	else
+		run_sequences(seed, sequences, steps, 0, 1);
 	printf("model: %llu steps, %llu refused, %llu out of memory, %llu merges, %llu COW breaks, %llu "
 	       "blocks split, "
 	       "%llu clones, %llu tables un-shared, %llu audit checks\n",
-	       (unsigned long long)total.steps, (unsigned long long)total.refused,
-	       (unsigned long long)total.out_of_memory, (unsigned long long)total.merges,
-	       (unsigned long long)total.breaks, (unsigned long long)total.blocks_split,
-	       (unsigned long long)total.clones, (unsigned long long)total.unshared,
-	       (unsigned long long)total.checks);
+	       LLU(steps), LLU(refused), LLU(out_of_memory), LLU(merges), LLU(breaks), LLU(blocks_split),
+	       LLU(clones), LLU(unshared), LLU(checks));
 	if (sequences >= 20 && steps >= 1000 &&
 	    (!total.merges || !total.breaks || !total.clones || !total.unshared || !total.out_of_memory)) {
 		printf("model: FAILED: something never happened\n");
-		return 1;
+		good = false;
 	}
-	return 0;
+	return !good;
 }

@@ -612,6 +612,12 @@ static void code_round(struct kage_vcpu *cpu, uint64_t gva)
 	ck_assert_uint_eq(v, 7);
 	ck_assert_int_eq(kage_vm_advise(g.vm, 0x2000000, 4096, KAGE_ADVICE_DISCARD), KAGE_OK);
 	ck_assert_uint_eq(written_calls, 4);
+	ck_assert_int_eq(kage_vcpu_fetch(cpu, gva, &v, 8, NULL), KAGE_OK);
+	ck_assert_int_eq(kage_vm_mark_dirty(g.vm, 0, 1ull << 52), KAGE_OK);
+	ck_assert_uint_eq(written_calls, 5);
+	ck_assert_int_eq(kage_vcpu_fetch(cpu, gva, &v, 8, NULL), KAGE_OK);
+	ck_assert_int_eq(kage_vm_mark_dirty(g.vm, 0x1f00000, 4 * MIB), KAGE_OK);
+	ck_assert_uint_eq(written_calls, 6);
 }
 
 START_TEST(test_code)
