@@ -58,6 +58,7 @@ find_missing() {
 	# Without these, tests skip.
 	need qemu-system-x86_64 qemu-system-x86
 	need spin spin
+	have llvm-symbolizer || missing="$missing llvm"
 	if ! have clang; then
 		missing="$missing clang libclang-rt-dev"
 	elif [ -n "$tsan" ] && [ ! -e "$(clang -print-file-name=libclang_rt.tsan-x86_64.a)" ] &&

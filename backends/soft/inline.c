@@ -8,5 +8,4 @@
 
 #undef KAGE_INLINE
 #define KAGE_INLINE KAGE_API
-#pragma GCC diagnostic ignored "-Wmissing-prototypes"
 #include <kage/vcpu.h>
