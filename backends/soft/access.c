@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Guest accesses out of line: L1 misses, odd sizes, page crossings, pointers.
+ * Guest accesses out of line: TLB misses, odd sizes, page crossings, pointers.
  *
  * An access of at most a page touches two pages at most. Each is made ready
  * (ensure()), then one window is opened in which both tags are probed again and
@@ -54,7 +54,7 @@ struct access {
 	struct kage_fault *fault; /* never NULL */
 };
 
-/* Makes one page's translation present in L1. Results of shadow_fault(). */
+/* Makes one page's translation present in the TLB. Results of shadow_fault(). */
 static int ensure(struct access *a, uint64_t gva, unsigned flags)
 {
 	struct kage_vcpu *v = a->v;
@@ -69,7 +69,7 @@ static int ensure(struct access *a, uint64_t gva, unsigned flags)
 	r = shadow_fault(&v->cpu, gva, 1u << a->kind, flags, a->fault);
 	slow_end(v, win);
 	if (r == KAGE_OK)
-		tlb_refill(v, gva, a->kind); /* a large page is not in L1 yet */
+		tlb_refill(v, gva, a->kind); /* a large page is not in the TLB yet */
 	return r;
 }
 
@@ -191,13 +191,14 @@ static int access_slow(struct kage_vcpu *v, uint64_t gva, void *buf, size_t len,
 
 	if (!v || !buf || !len)
 		return -EINVAL;
+	tlb_ready(v);
 	r = len <= PAGE_SIZE ? access_piece(&a) : access_long(&a, len);
 	if (r && fault)
 		*fault = found;
 	return r;
 }
 
-/* The common case: a register's size within a page, found behind L1. */
+/* The common case: a register's size within a page, of a parked vCPU or from a large page. */
 static inline bool access_quick(struct kage_vcpu *v, uint64_t gva, void *buf, size_t len, unsigned kind)
 {
 	struct kage_tlb_entry *e;
@@ -206,6 +207,7 @@ static inline bool access_quick(struct kage_vcpu *v, uint64_t gva, void *buf, si
 	if (unlikely(!v || len > 8 || (len & (len - 1)) || !len || !buf ||
 		     (gva & (PAGE_SIZE - 1)) > PAGE_SIZE - len))
 		return false;
+	tlb_ready(v);
 	if (!tlb_probe(v, gva, len, kind) && !tlb_refill(v, gva, kind))
 		return false;
 	win = window_open(v);

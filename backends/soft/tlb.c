@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The TLB of a vCPU: contexts, filling, refilling L1 from the levels behind it,
- * and losing entries to others. Structures and invariants: vcpu.h.
+ * The TLB of a vCPU: contexts, filling, pieces of large pages, and losing entries
+ * to others. Structures and invariants: vcpu.h.
  *
  *  T1  an entry is overwritten as a whole by a fill; of what others take, only
  *      the tags of the kinds that go.
- *  T2  L1 entries that came from a large page are exact for their 4 KiB: a
+ *  T2  entries that came from a large page are exact for their 4 KiB: a
  *      lost large page drops them by address, a lost piece of it (paging off)
  *      leaves the others.
  *
@@ -14,7 +14,9 @@
  *
  * Why not simpler: the index ignores the context, so two address spaces evict
  * each other where they use the same addresses, but losing a page is one probe
- * of each array whatever the number of contexts.
+ * of each array whatever the number of contexts. There is one level: a second one
+ * behind a small first one would need a lock for each copy forward, which costs
+ * more than the cache misses of one large array.
  */
 #include <sys/mman.h>
 #include "vcpu.h"
@@ -28,16 +30,6 @@ static uint64_t large_of(uint64_t gva)
 	return gva & ~(((uint64_t)1 << TLB_LARGE_SHIFT) - 1);
 }
 
-static struct kage_tlb_entry *l1_slot(struct kage_vcpu *v, uint64_t gva)
-{
-	return &v->head.tlb[(gva >> PAGE_SHIFT) & (KAGE_TLB_ENTRIES - 1)];
-}
-
-static struct kage_tlb_entry *l2_slot(struct kage_vcpu *v, uint64_t gva)
-{
-	return &v->l2[(gva >> PAGE_SHIFT) & v->l2_mask];
-}
-
 static struct kage_tlb_entry *large_slot(struct kage_vcpu *v, uint64_t gva)
 {
 	return &v->large[(gva >> TLB_LARGE_SHIFT) & (TLB_LARGE - 1)];
@@ -46,15 +38,16 @@ static struct kage_tlb_entry *large_slot(struct kage_vcpu *v, uint64_t gva)
 int tlb_init(struct kage_vcpu *v, unsigned bits)
 {
 	size_t bytes = sizeof(struct kage_tlb_entry) << bits;
-	void *l2 = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	void *tlb = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
-	if (l2 == MAP_FAILED)
+	if (tlb == MAP_FAILED)
 		return -ENOMEM;
-	madvise(l2, bytes, MADV_DONTFORK);
-	madvise(l2, bytes, MADV_DONTDUMP);
-	madvise(l2, bytes, MADV_HUGEPAGE);
-	v->l2 = l2;
-	v->l2_mask = ((uint64_t)1 << bits) - 1;
+	madvise(tlb, bytes, MADV_DONTFORK);
+	madvise(tlb, bytes, MADV_DONTDUMP);
+	if (bytes >= BLOCK_PAGES * PAGE_SIZE)
+		madvise(tlb, bytes, MADV_HUGEPAGE);
+	v->head.tlb = tlb;
+	v->head.mask = bytes - sizeof(struct kage_tlb_entry);
 	v->next_id = 1;
 	for (unsigned k = 0; k < TLB_KINDS; k++)
 		v->head.ctx[k] = TLB_PARKED;
@@ -64,8 +57,8 @@ int tlb_init(struct kage_vcpu *v, unsigned bits)
 
 void tlb_finish(struct kage_vcpu *v)
 {
-	if (v->l2)
-		munmap(v->l2, (v->l2_mask + 1) * sizeof(struct kage_tlb_entry));
+	if (v->head.tlb)
+		munmap(v->head.tlb, tlb_entries(v) * sizeof(struct kage_tlb_entry));
 }
 
 /* -- contexts --------------------------------------------------------------- */
@@ -79,8 +72,7 @@ static void wipe_array(struct kage_tlb_entry *e, uint64_t n)
 
 static void wipe(struct kage_vcpu *v)
 {
-	wipe_array(v->head.tlb, KAGE_TLB_ENTRIES);
-	wipe_array(v->l2, v->l2_mask + 1);
+	wipe_array(v->head.tlb, tlb_entries(v));
 	wipe_array(v->large, TLB_LARGE);
 	v->large_used = false;
 	for (unsigned i = 0; i < TLB_SETS; i++)
@@ -227,45 +219,26 @@ static void soft_fill(struct shadow_cpu *cpu, const struct shadow_fill *f)
 	if (f->large) {
 		v->large_used = true;
 		set_entry(v, large_slot(v, f->gva), f->gva, addend, f->rights);
-		/* A page of it may be in l2 with fewer rights: large comes first in a refill. */
 	} else {
-		set_entry(v, l2_slot(v, f->gva), f->gva, addend, f->rights);
-		set_entry(v, l1_slot(v, f->gva), f->gva, addend, f->rights);
+		set_entry(v, tlb_slot(v, f->gva), f->gva, addend, f->rights);
 	}
 	lock_drop(&v->tlb_lock);
 }
 
-static bool refill_locked(struct kage_vcpu *v, uint64_t gva, unsigned kind)
-{
-	struct kage_tlb_entry *to = l1_slot(v, gva), *from;
-
-	if (v->large_used) {
-		from = large_slot(v, gva);
-		if (from->tag[kind] == (large_of(gva) | v->ctx[kind])) {
-			for (unsigned k = 0; k < TLB_KINDS; k++)
-				WRITE_ONCE(to->tag[k], from->tag[k] == (large_of(gva) | v->ctx[k])
-							   ? page_of(gva) | v->ctx[k]
-							   : 0);
-			WRITE_ONCE(to->addend, from->addend);
-			return true;
-		}
-	}
-	from = l2_slot(v, gva);
-	if (from->tag[kind] != (page_of(gva) | v->ctx[kind]))
-		return false;
-	for (unsigned k = 0; k < TLB_KINDS; k++)
-		WRITE_ONCE(to->tag[k], from->tag[k]);
-	WRITE_ONCE(to->addend, from->addend);
-	return true;
-}
-
 bool tlb_refill(struct kage_vcpu *v, uint64_t gva, unsigned kind)
 {
+	struct kage_tlb_entry *to = tlb_slot(v, gva), *from = large_slot(v, gva);
 	bool found;
 
+	if (!v->large_used) /* only the owner's own fills set it */
+		return false;
 	lock_take(&v->tlb_lock);
-	unpark_locked(v);
-	found = refill_locked(v, gva, kind);
+	found = from->tag[kind] == (large_of(gva) | v->ctx[kind]);
+	for (unsigned k = 0; found && k < TLB_KINDS; k++)
+		WRITE_ONCE(to->tag[k],
+			   from->tag[k] == (large_of(gva) | v->ctx[k]) ? page_of(gva) | v->ctx[k] : 0);
+	if (found)
+		WRITE_ONCE(to->addend, from->addend);
 	lock_drop(&v->tlb_lock);
 	return found;
 }
@@ -295,8 +268,7 @@ static bool lose_range(struct kage_vcpu *v, const struct shadow_drop *d)
 	for (uint64_t i = 0; i < d->npages; i++) {
 		uint64_t gva = page_of(d->gva) + i * PAGE_SIZE;
 
-		found |= lose(l1_slot(v, gva), gva, d->kinds);
-		found |= lose(l2_slot(v, gva), gva, d->kinds);
+		found |= lose(tlb_slot(v, gva), gva, d->kinds);
 	}
 	if (!v->large_used)
 		return found;
@@ -343,21 +315,24 @@ static void soft_code_written(struct shadow_cpu *cpu, gpa_t gpa, uint64_t len)
 	v->code_written(v->opaque, v, gpa.v, len);
 }
 
-static void audit_entry(struct kage_vcpu *v, const struct kage_tlb_entry *e, bool large, struct audit *a)
+static void audit_tag(struct kage_vcpu *v, const struct kage_tlb_entry *e, unsigned k, bool large,
+		      struct audit *a)
 {
-	for (unsigned i = 0; i < TLB_SETS; i++) {
-		const struct ctx_set *set = &v->set[i];
-		struct shadow_fill f = {.large = large};
+	struct shadow_fill f = {.large = large, .gva = page_of(e->tag[k]), .rights = 1u << k};
 
-		for (unsigned k = 0; set->used && k < TLB_KINDS; k++) {
-			if (!set->id[k] || (e->tag[k] & TLB_PARKED) != set->id[k])
-				continue;
-			f.gva = page_of(e->tag[k]);
-			f.hva = (void *)(uintptr_t)(f.gva + e->addend);
-			f.rights = 1u << k;
-			shadow_audit_tlb(&v->cpu, &set->mode, &f, a);
-		}
-	}
+	f.hva = (void *)(uintptr_t)(f.gva + e->addend);
+	for (unsigned i = 0; i < TLB_SETS; i++)
+		if (v->set[i].used && v->set[i].id[k] && (e->tag[k] & TLB_PARKED) == v->set[i].id[k])
+			shadow_audit_tlb(&v->cpu, &v->set[i].mode, &f, a);
+}
+
+static void audit_array(struct kage_vcpu *v, const struct kage_tlb_entry *e, uint64_t n, bool large,
+			struct audit *a)
+{
+	for (uint64_t i = 0; i < n; i++)
+		for (unsigned k = 0; k < TLB_KINDS; k++)
+			if (e[i].tag[k])
+				audit_tag(v, &e[i], k, large, a);
 }
 
 static void soft_audit(struct shadow_cpu *cpu, struct audit *a)
@@ -365,12 +340,8 @@ static void soft_audit(struct shadow_cpu *cpu, struct audit *a)
 	struct kage_vcpu *v = vcpu_of(cpu);
 
 	lock_take(&v->tlb_lock);
-	for (unsigned i = 0; i < KAGE_TLB_ENTRIES; i++)
-		audit_entry(v, &v->head.tlb[i], false, a);
-	for (uint64_t i = 0; i <= v->l2_mask; i++)
-		audit_entry(v, &v->l2[i], false, a);
-	for (unsigned i = 0; i < TLB_LARGE; i++)
-		audit_entry(v, &v->large[i], true, a);
+	audit_array(v, v->head.tlb, tlb_entries(v), false, a);
+	audit_array(v, v->large, TLB_LARGE, true, a);
 	lock_drop(&v->tlb_lock);
 }
 

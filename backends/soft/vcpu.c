@@ -144,8 +144,9 @@ int kage_vcpu_layout(struct kage_tlb_layout *layout)
 	    .ctx_offset = offsetof(struct kage_vcpu_head, ctx),
 	    .wanted_offset = offsetof(struct kage_vcpu_head, wanted),
 	    .tlb_offset = offsetof(struct kage_vcpu_head, tlb),
+	    .mask_offset = offsetof(struct kage_vcpu_head, mask),
+	    .index_shift = KAGE_TLB_SHIFT,
 	    .entry_size = sizeof(struct kage_tlb_entry),
-	    .entries = KAGE_TLB_ENTRIES,
 	    .tag_offset = offsetof(struct kage_tlb_entry, tag),
 	    .addend_offset = offsetof(struct kage_tlb_entry, addend),
 	};

@@ -2,9 +2,9 @@
 /*
  * The soft backend's vCPU, for the files of this folder.
  *
- *   head      L1 of the TLB: what the inline functions probe (kage/vcpu.h)
- *   l2        direct mapped, 2^tlb_bits entries of the same form
- *   large     2 MiB pages, 256 entries
+ *   head      what the inline functions probe (kage/vcpu.h): window, contexts,
+ *             and the TLB, direct mapped, 2^tlb_bits entries of 4 KiB
+ *   large     2 MiB pages, 256 entries; pieces are copied to the TLB when used
  *   set       a context: what of the registers a translation depends on, and
  *             the ids that tags carry for reading, writing, executing
  *
@@ -16,11 +16,10 @@
  * Invariants:
  *  V1  fills, and tag stores by other threads, happen under tlb_lock; the owner
  *      alone fills. So a tag never comes back after somebody overwrote it.
- *  V2  a translation that the owner may be using through L1 has its tag in L1,
- *      and as long as no slow path closed the window, in l2 or large too: who
- *      overwrites finds it (tlb_drop's result).
+ *  V2  a translation that the owner may be using has its tag in the TLB: who
+ *      overwrites finds it (the result of drop).
  *  V3  running == 0 implies that head.ctx is parked: inline probes miss, and
- *      the way to a hit leads through tlb_lock and a full fence (unpark).
+ *      the way to a hit leads through tlb_lock and a full fence (tlb_ready).
  *  V4  without membarrier(2) head.ctx is parked for ever: every access goes
  *      through the out-of-line functions, which use a real fence.
  *
@@ -58,8 +57,6 @@ struct kage_vcpu {
 	bool fast;		 /* V4 does not apply */
 	bool large_used;	 /* since the last wipe */
 	uint64_t ctx[TLB_KINDS]; /* of the current set; head.ctx while running */
-	struct kage_tlb_entry *l2;
-	uint64_t l2_mask;
 	uint32_t next_id;
 	struct ctx_set *current;
 	uint64_t clock;
@@ -81,17 +78,34 @@ int tlb_init(struct kage_vcpu *v, unsigned bits);
 void tlb_finish(struct kage_vcpu *v);
 /* Selects the context of the vCPU's mode; keeps what its TLB has for it. */
 void tlb_select(struct kage_vcpu *v, const struct shadow_mode *mode);
-/* Copies an entry of l2 or large for the page to L1, if there is one for `kind`. Unparks. */
+/* Copies a page of a large entry to the TLB, if there is one for `kind`. */
 bool tlb_refill(struct kage_vcpu *v, uint64_t gva, unsigned kind);
 void tlb_unpark(struct kage_vcpu *v);
 void tlb_park(struct kage_vcpu *v);
 /* INVLPG: the page, and what is larger around it, in all contexts. */
 void tlb_drop_page(struct kage_vcpu *v, uint64_t gva);
 
-/* As kage_tlb_probe(), parked or not. */
+static inline struct kage_tlb_entry *tlb_slot(struct kage_vcpu *v, uint64_t gva)
+{
+	return (struct kage_tlb_entry *)((char *)v->head.tlb + ((gva >> KAGE_TLB_SHIFT) & v->head.mask));
+}
+
+static inline uint64_t tlb_entries(const struct kage_vcpu *v)
+{
+	return v->head.mask / sizeof(struct kage_tlb_entry) + 1;
+}
+
+/* V3: before the first probe of an access. */
+static inline void tlb_ready(struct kage_vcpu *v)
+{
+	if (unlikely(!atomic_load_explicit(&v->cpu.running, memory_order_relaxed)))
+		tlb_unpark(v);
+}
+
+/* As kage_tlb_probe(), for a vCPU that is ready, whether inline probes may hit (V4) or not. */
 static inline struct kage_tlb_entry *tlb_probe(struct kage_vcpu *v, uint64_t gva, size_t len, unsigned kind)
 {
-	struct kage_tlb_entry *e = &v->head.tlb[(gva >> KAGE_PAGE_SHIFT) & (KAGE_TLB_ENTRIES - 1)];
+	struct kage_tlb_entry *e = tlb_slot(v, gva);
 	uint64_t want = ((gva + len - 1) & ~(KAGE_PAGE_SIZE - 1)) | READ_ONCE(v->ctx[kind]);
 
 	return READ_ONCE(e->tag[kind]) == want ? e : NULL;

@@ -107,8 +107,10 @@ int kage_vm_destroy(struct kage_vm *vm)
 		return -EBUSY;
 	merge_forget(&e->merge, &vm->mm);
 	r = mm_destroy(&vm->mm);
-	if (r)
+	if (r) {
+		vm->mm.leaving = false;
 		return r;
+	}
 	vm_free(vm);
 	engine_settle(e);
 	return KAGE_OK;
@@ -207,6 +209,8 @@ int kage_vm_write(struct kage_vm *vm, uint64_t gpa, const void *buf, size_t len)
 		return r;
 	if (len && (gpa >= (uint64_t)1 << KAGE_GPA_BITS || len > ((uint64_t)1 << KAGE_GPA_BITS) - gpa))
 		return KAGE_MMIO;
+	if (len && atomic_load(&vm->shadow))
+		vm_written(vm, GPA(gpa), len); /* who translated code from these pages hears of it before they change */
 	return mm_write(&vm->mm, GPA(gpa), buf, len, vm_written, vm);
 }
 

@@ -1,58 +1,60 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Copying and comparing guest memory, which vCPUs and devices may write at the
- * same time. Such races are the guest's own; TSan is told so, and nothing here
- * relies on a consistent view.
+ * same time. Such races are the guest's own: nothing here relies on a consistent
+ * view, and TSan is shown atomic accesses. An aligned copy of a register's size
+ * is one access, as the guest's CPU would make it.
  */
 #ifndef KAGE_BASE_GUEST_H
 #define KAGE_BASE_GUEST_H
 
+#include <kage/vcpu.h>
 #include "base/base.h"
 
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define GUEST_TSAN 1
-#endif
-#endif
-#ifdef __SANITIZE_THREAD__
-#define GUEST_TSAN 1
-#endif
-
-#ifdef GUEST_TSAN
-/* Atomic accesses, so that TSan sees no race where the guest's own synchronisation is not ours to know. */
-static inline void guest_copy(void *to, const void *from, size_t len)
+#ifdef KAGE_TSAN
+static inline void guest_copy_long(void *to, const void *from, size_t len)
 {
 	char *t = to;
 	const char *f = from;
 
 	while (len && ((uintptr_t)t | (uintptr_t)f) & 7) {
-		__atomic_store_n(t++, __atomic_load_n(f++, __ATOMIC_RELAXED), __ATOMIC_RELAXED);
+		kage_guest_move(t++, f++, 1);
 		len--;
 	}
 	for (; len >= 8; len -= 8, t += 8, f += 8)
-		__atomic_store_n((uint64_t *)t, __atomic_load_n((const uint64_t *)f, __ATOMIC_RELAXED), __ATOMIC_RELAXED);
+		kage_guest_move(t, f, 8);
 	while (len--)
-		__atomic_store_n(t++, __atomic_load_n(f++, __ATOMIC_RELAXED), __ATOMIC_RELAXED);
+		kage_guest_move(t++, f++, 1);
 }
+
+/* 0: equal. Both aligned to 8, len a multiple of it. */
 static inline int guest_compare(const void *a, const void *b, size_t len)
 {
-	for (size_t i = 0; i < len; i += 8)
-		if (__atomic_load_n((const uint64_t *)((const char *)a + i), __ATOMIC_RELAXED) !=
-		    __atomic_load_n((const uint64_t *)((const char *)b + i), __ATOMIC_RELAXED))
+	const uint64_t *x = a, *y = b;
+
+	for (size_t i = 0; i < len / 8; i++)
+		if (READ_ONCE(x[i]) != READ_ONCE(y[i]))
 			return 1;
 	return 0;
 }
 #else
-/* len: a multiple of 8, both aligned */
+static inline void guest_copy_long(void *to, const void *from, size_t len)
+{
+	memcpy(to, from, len);
+}
+
 static inline int guest_compare(const void *a, const void *b, size_t len)
 {
 	return memcmp(a, b, len) != 0;
 }
+#endif
 
 static inline void guest_copy(void *to, const void *from, size_t len)
 {
-	memcpy(to, from, len);
+	if ((len == 1 || len == 2 || len == 4 || len == 8) && !(((uintptr_t)to | (uintptr_t)from) & (len - 1)))
+		kage_guest_move(to, from, len);
+	else
+		guest_copy_long(to, from, len);
 }
-#endif
 
 #endif

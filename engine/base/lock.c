@@ -159,13 +159,23 @@ static bool brlock_enter_slot(struct brlock *b, struct brlock_held *held_slot)
 	return true;
 }
 
+/* Sleeps while a writer is in, and leaves word that somebody does. */
+static void brlock_wait_writer(struct brlock *b)
+{
+	uint32_t in = 1;
+
+	if (atomic_compare_exchange_strong_explicit(&b->writer, &in, 2, memory_order_relaxed, memory_order_relaxed) ||
+	    in == 2)
+		word_wait(&b->writer, 2, UINT_MAX);
+}
+
 struct brlock_held brlock_read(struct brlock *b)
 {
 	struct brlock_held h;
 
 	LOCK_CHECK_TAKE(b);
 	while (unlikely(!brlock_enter_slot(b, &h)))
-		word_wait(&b->writer, 1, UINT_MAX);
+		brlock_wait_writer(b);
 	return h;
 }
 
@@ -212,8 +222,8 @@ void brlock_write_drop(struct brlock *b)
 	LOCK_CHECK_DROP(b);
 	for (unsigned i = 0; i < BRLOCK_SLOTS; i++)
 		atomic_fetch_and_explicit(&b->slot[i].readers, ~BRLOCK_WRITER, memory_order_release);
-	atomic_store_explicit(&b->writer, 0, memory_order_release);
-	word_wake(&b->writer);
+	if (atomic_exchange_explicit(&b->writer, 0, memory_order_release) == 2)
+		word_wake(&b->writer);
 	lock_drop(&b->writers);
 }
 

@@ -100,7 +100,7 @@ static inline void lock_drop(struct lock *l)
 #define BRLOCK_WRITER (1u << 31)
 
 struct brlock {
-	_Atomic uint32_t writer; /* a writer is in or wants in */
+	_Atomic uint32_t writer; /* 0 none, 1 a writer is in or wants in, 2 and a reader sleeps on it */
 	struct lock writers;
 #ifdef KAGE_DEBUG
 	uint32_t rank;

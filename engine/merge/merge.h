@@ -97,7 +97,7 @@ struct merge {
 int merge_init(struct merge *m, struct host *h, uint64_t salt);
 void merge_finish(struct merge *m);
 void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing);
-/* The guest is about to be destroyed. */
+/* The guest is about to be destroyed: steps pass it over from now on. */
 void merge_forget(struct merge *m, struct mm *mm);
 /*
  * Spends a budget: `pages` and `usec`, 0: no limit, both 0: to the end of the

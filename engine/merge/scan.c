@@ -78,6 +78,7 @@ void merge_forget(struct merge *m, struct mm *mm)
 	struct merge_mm *g;
 
 	lock_take(&m->lock);
+	mm->leaving = true;
 	g = mm->merge;
 	if (g) {
 		dirty_close(g->log);
@@ -479,7 +480,7 @@ static struct mm *guest_next(struct merge *m, struct brlock_held *held)
 		list_for_each(mp, &f->mms) {
 			struct mm *mm = container_of(mp, struct mm, node);
 
-			if (mm->id >= m->mm_id && (!best || mm->id < best->id))
+			if (!mm->leaving && mm->id >= m->mm_id && (!best || mm->id < best->id))
 				best = mm;
 		}
 		brlock_read_drop(&f->lock, now);

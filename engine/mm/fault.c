@@ -336,9 +336,22 @@ static int fault_fill(struct mm *mm, struct mm_fault *f, const struct region *re
 
 /* -- entry ------------------------------------------------------------------------------- */
 
+/* A block may reach over the end of a region since protect or unmap has split it: what is around gfn has other rights there. */
+static unsigned level_inside(const struct region *r, gfn_t gfn, unsigned level)
+{
+	for (; level > 0; level--) {
+		uint64_t first = ALIGN_DOWN(gfn.v, level_pages(level));
+
+		if (first >= r->start.v && first + level_pages(level) <= region_end(r).v)
+			break;
+	}
+	return level;
+}
+
 static int fault_finish(struct mm *mm, struct mm_fault *f, const struct region *reg, bool writable)
 {
 	f->prot = reg->prot;
+	f->level = level_inside(reg, f->gfn, f->level);
 	if (!writable)
 		f->prot &= ~(uint32_t)KAGE_WRITE;
 	f->foreign = reg->kind == KAGE_REGION_FOREIGN;

@@ -145,6 +145,7 @@ struct mm {
 	struct mm_counters count;
 	void *owner; /* the API's object */
 	void *merge; /* what merging knows of this guest */
+	bool leaving; /* merging has let go of it for good */
 	struct notify notify;
 };
 

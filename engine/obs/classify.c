@@ -47,6 +47,8 @@ static uint8_t leaf_class(struct mm *mm, const struct mm_lookup *l, gfn_t gfn, c
 
 	if (l->entry & ENTRY_SPECIAL)
 		return pfn_is_zero(l->pfn) ? KAGE_PAGE_ZERO : KAGE_PAGE_DEVICE;
+	if (l->level > 0) /* blocks lie at home; their frames' metadata stays unread, and so unpopulated */
+		return leaf_private(mm, l, gfn) ? KAGE_PAGE_HOME : KAGE_PAGE_CLONE;
 	kind = frame_kind(pfn_frame(mm->host->pool, l->pfn));
 	if (kind == FRAME_STABLE)
 		return KAGE_PAGE_MERGED;
@@ -94,7 +96,7 @@ static uint64_t classify_run(struct mm *mm, gfn_t gfn, uint64_t n, struct holes 
 		class = entry_state(l.entry) == ENTRY_POISON ? KAGE_PAGE_POISON : KAGE_PAGE_UNTOUCHED;
 	memset(map, class, run);
 	if (entry_is_leaf(l.entry) && !(l.entry & ENTRY_SPECIAL) &&
-	    frame_kind(pfn_frame(mm->host->pool, l.pfn)) == FRAME_HOME)
+	    (l.level > 0 || frame_kind(pfn_frame(mm->host->pool, l.pfn)) == FRAME_HOME))
 		mark_holes(mm, h, l.pfn, run, map);
 	return run;
 }

@@ -18,6 +18,7 @@
 
 #include <kage/stats.h>
 #include <kage/vcpu.h>
+#include "base/guest.h"
 #include "mm/mm.h"
 
 struct shadow;
@@ -61,22 +62,6 @@ struct shadow_mode {
 	bool pcid;     /* several address spaces keep their translations: INVLPG reaches them all */
 	uint64_t root; /* physical address of the root table */
 };
-
-/* Copies to or from memory that vCPUs may be using: sizes of a register are one access. */
-static inline void guest_copy(void *to, const void *from, size_t len)
-{
-	if ((len == 1 || len == 2 || len == 4 || len == 8) &&
-	    !(((uintptr_t)to | (uintptr_t)from) & (len - 1))) {
-		kage_guest_move(to, from, len);
-		return;
-	}
-#ifdef KAGE_TSAN
-	for (size_t i = 0; i < len; i++)
-		kage_guest_move((char *)to + i, (const char *)from + i, 1);
-#else
-	memcpy(to, from, len);
-#endif
-}
 
 struct shadow_cpu {
 	/* set by the backend before shadow_attach() */

@@ -21,7 +21,7 @@ struct kage_stats {
 
 	/* memory; "nominal" is what the guests believe they have */
 	uint64_t pages_nominal;  /**< length of all regions */
-	uint64_t pages_mapped;   /**< entries present, a block counting as its pages; a shared table counts for each guest that reaches it */
+	uint64_t pages_mapped;   /**< pages that hold memory; one that guests share counts for each of them */
 	uint64_t frames_used;    /**< frames that hold guest memory, each once; the zero frame is not counted */
 	uint64_t frames_table;   /**< frames that hold primary tables */
 	uint64_t frames_free;    /**< populated frames in the arena's free lists and caches */
@@ -31,7 +31,7 @@ struct kage_stats {
 	uint64_t pages_shared_clone; /**< guest: pages shared with clones only */
 	uint64_t pages_shared_merge; /**< guest: pages on a stable frame */
 	uint64_t pages_zero;     /**< guest: pages on the zero frame */
-	uint64_t pages_untouched;/**< guest: pages without an entry */
+	uint64_t pages_untouched;/**< pages that hold none: without an entry, or mapped and never written */
 
 	/* faults and changes */
 	uint64_t faults;         /**< primary faults taken */
@@ -98,7 +98,7 @@ KAGE_API int kage_dump(struct kage_vm *vm, enum kage_dump_what what, enum kage_d
 /** How a guest page is held; one byte for each page of a map. */
 enum kage_page_class {
 	KAGE_PAGE_NONE = 0,      /**< no region */
-	KAGE_PAGE_UNTOUCHED = 1, /**< no entry */
+	KAGE_PAGE_UNTOUCHED = 1, /**< no entry, or memory that was never touched */
 	KAGE_PAGE_HOME = 2,      /**< private, in its home extent */
 	KAGE_PAGE_PRIVATE = 3,   /**< private, a copy in the common arena */
 	KAGE_PAGE_CLONE = 4,     /**< shared with clones */

@@ -42,7 +42,7 @@ struct kage_x86_regs {
 };
 
 /** Layout version of everything inline in this header; kage_vcpu_create() compares it. */
-#define KAGE_VCPU_ABI 0x4b470001u
+#define KAGE_VCPU_ABI 0x4b470002u
 
 struct kage_vcpu_config {
 	uint32_t size;
@@ -51,7 +51,7 @@ struct kage_vcpu_config {
 	uint32_t arch;      /**< enum kage_arch; 0: KAGE_ARCH_X86 */
 	uint32_t phys_bits; /**< guest physical address bits the CPU has, 36 to 52; 0: 46 */
 	uint32_t features;  /**< enum kage_x86_feature; 0: NX | PAGE1GB | SMEP | SMAP | PCID */
-	/** log2 of the entries of the second-level TLB, 9 to 20; 0: 14. */
+	/** log2 of the entries of the TLB, 9 to 20; 0: 14. An entry maps 4 KiB and takes 32 bytes, once used. */
 	uint32_t tlb_bits;
 	/**
 	 * Called before the first write to a page from which instructions were
@@ -81,24 +81,29 @@ struct kage_tlb_entry {
 	uint64_t addend; /* hva - gva */
 };
 
-#define KAGE_TLB_ENTRIES 1024
-
 /** Head of every vCPU, part of the ABI that KAGE_VCPU_ABI names. */
 struct kage_vcpu_head {
 	uint64_t win;    /* odd: inside a window of use. Written by the owner only */
 	uint64_t ctx[3]; /* contexts for read, write, execute */
+	struct kage_tlb_entry *tlb; /* constant */
+	uint64_t mask;   /* of the byte offset of an entry: (gva >> KAGE_TLB_SHIFT) & mask. Constant */
 	uint32_t wanted; /* somebody waits for the window */
 	uint32_t reserved;
-	uint64_t pad[3];
-	struct kage_tlb_entry tlb[KAGE_TLB_ENTRIES];
+	uint64_t pad;
 };
+
+/** A gva shifted right by this is the byte offset of its entry, before masking. */
+#define KAGE_TLB_SHIFT (KAGE_PAGE_SHIFT - 5)
 
 /** For a JIT that emits the probe itself. */
 struct kage_tlb_layout {
 	uint32_t size;
 	uint32_t abi;
-	uint32_t win_offset, ctx_offset, wanted_offset, tlb_offset;
-	uint32_t entry_size, entries, tag_offset, addend_offset;
+	uint32_t win_offset, ctx_offset, wanted_offset;
+	uint32_t tlb_offset, mask_offset; /**< of the pointer to the entries, and of the mask */
+	uint32_t index_shift;             /**< KAGE_TLB_SHIFT */
+	uint32_t entry_size, tag_offset, addend_offset;
+	uint32_t reserved;
 };
 
 /**
@@ -246,7 +251,7 @@ KAGE_HELPER void kage_window_close(struct kage_vcpu_head *h, uint64_t win)
 KAGE_HELPER struct kage_tlb_entry *kage_tlb_probe(struct kage_vcpu_head *h, uint64_t gva, size_t len,
 						  int kind)
 {
-	struct kage_tlb_entry *e = &h->tlb[(gva >> KAGE_PAGE_SHIFT) & (KAGE_TLB_ENTRIES - 1)];
+	struct kage_tlb_entry *e = (struct kage_tlb_entry *)((char *)h->tlb + ((gva >> KAGE_TLB_SHIFT) & h->mask));
 	uint64_t want = ((gva + len - 1) & ~(KAGE_PAGE_SIZE - 1)) | __atomic_load_n(&h->ctx[kind], __ATOMIC_RELAXED);
 
 	return KAGE_LIKELY(__atomic_load_n(&e->tag[kind], __ATOMIC_RELAXED) == want) ? e : NULL;
@@ -266,7 +271,8 @@ KAGE_HELPER void *kage_tlb_hva(const struct kage_tlb_entry *e, uint64_t gva)
  *
  * Returns KAGE_OK; KAGE_GUEST_FAULT (the guest gets `vector` and `error`);
  * KAGE_MMIO (no memory answers at `gpa`; the embedder emulates the device);
- * KAGE_WAIT; -ENOMEM; -EFAULT (the frame is poisoned); -ETIMEDOUT; -EINVAL (NULL, len 0). An access of at
+ * KAGE_WAIT; -ENOMEM; -EFAULT (the frame is poisoned); -ETIMEDOUT; -EINVAL (NULL or len 0; not checked where
+ * the size is a constant 1, 2, 4 or 8 and the TLB hits). An access of at
  * most KAGE_PAGE_SIZE bytes transfers all or nothing; of a longer one,
  * `fault->done` bytes are transferred. `fault` may be NULL.
  */

@@ -20,12 +20,13 @@
 
 #if defined(__LP64__)
 
-_Static_assert(KAGE_VCPU_ABI == 0x4b470001u, "a new layout: new figures here");
-SIZE(kage_vcpu_head, 64 + 1024 * 32);
+_Static_assert(KAGE_VCPU_ABI == 0x4b470002u, "a new layout: new figures here");
+SIZE(kage_vcpu_head, 64);
 AT(kage_vcpu_head, win, 0);
 AT(kage_vcpu_head, ctx, 8);
-AT(kage_vcpu_head, wanted, 32);
-AT(kage_vcpu_head, tlb, 64);
+AT(kage_vcpu_head, tlb, 32);
+AT(kage_vcpu_head, mask, 40);
+AT(kage_vcpu_head, wanted, 48);
 SIZE(kage_tlb_entry, 32);
 AT(kage_tlb_entry, tag, 0);
 AT(kage_tlb_entry, addend, 24);
@@ -66,7 +67,7 @@ AT(kage_fault, error, 24);
 AT(kage_fault, level, 28);
 AT(kage_fault, done, 32);
 FIRST(kage_flush, 32);
-FIRST(kage_tlb_layout, 40);
+FIRST(kage_tlb_layout, 48);
 FIRST(kage_dirty_config, 16);
 SIZE(kage_dirty_run, 16);
 FIRST(kage_stats, 368);
@@ -124,7 +125,8 @@ static void check_layout(void)
 	is("wanted", l.wanted_offset, offsetof(struct kage_vcpu_head, wanted));
 	is("tlb", l.tlb_offset, offsetof(struct kage_vcpu_head, tlb));
 	is("entry size", l.entry_size, sizeof(struct kage_tlb_entry));
-	is("entries", l.entries, KAGE_TLB_ENTRIES);
+	is("mask", l.mask_offset, offsetof(struct kage_vcpu_head, mask));
+	is("index shift", l.index_shift, KAGE_TLB_SHIFT);
 	is("tag", l.tag_offset, offsetof(struct kage_tlb_entry, tag));
 	is("addend", l.addend_offset, offsetof(struct kage_tlb_entry, addend));
 	is("kage_vcpu_layout(NULL)", (uint64_t)kage_vcpu_layout(NULL), (uint64_t)-EINVAL);

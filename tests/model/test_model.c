@@ -241,7 +241,8 @@ static void check_page(struct run *r, struct guest *g, const struct or_page *p, 
 		return;
 	if (by_vcpu && g->vcpu[0] != NULL) {
 		ret = kage_vcpu_load(g->vcpu[0], gpa, page, OR_PAGE, NULL);
-		or_load(g->or, gpa, buf_oracle, OR_PAGE, &(uint64_t){0});
+		if (ret == KAGE_OK)
+			or_load(g->or, gpa, buf_oracle, OR_PAGE, &(uint64_t){0});
 	} else {
 		ret = kage_vm_read(g->vm, gpa, page, OR_PAGE);
 	}
@@ -1108,7 +1109,7 @@ static void start(struct run *r, uint64_t seed)
 	*r = (struct run){.rng = rng_seed(seed), .seed = seed, .verbose = env_number("KAGE_VERBOSE", 0)};
 	r->reach = 1 + rng_below(&r->rng, AREAS);
 	if (seed % 5 == 4)
-		r->limit = (4 + rng_below(&r->rng, 12)) << 20;
+		r->limit = (uint64_t)(512 + rng_below(&r->rng, 4096)) << 10;
 	c.backing = seed % 2 ? KAGE_BACKING_MEMFD : KAGE_BACKING_ANON;
 	c.memory_limit = r->limit;
 	c.address_space = seed % 64 == 5 ? 0 : (uint64_t)1 << 36; /* the audit looks at every section of it */

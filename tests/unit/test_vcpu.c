@@ -37,7 +37,7 @@ START_TEST(test_paging_off)
 	ck_assert_uint_eq(cpu_load(g.cpu, 0x2000000), 0x1122334455667788);
 	ck_assert_uint_eq(misses(), before);
 	ck_assert_uint_eq(guest_r64(&g, 0x2000000), 0x1122334455667788);
-	/* conflicts in L1 (1024 pages apart) are answered behind it */
+	/* pages 1,024 apart do not evict each other */
 	cpu_store(g.cpu, 0x2000000 + 1024 * 4096, 2);
 	before = misses();
 	for (int i = 0; i < 10; i++) {
@@ -50,6 +50,47 @@ START_TEST(test_paging_off)
 	ck_assert_uint_eq(cpu_load(g.cpu, 0x2000000), 9);
 	ck_assert_int_eq(kage_vm_advise(g.vm, 0x2000000, 4096, KAGE_ADVICE_DISCARD), KAGE_OK);
 	ck_assert_uint_eq(cpu_load(g.cpu, 0x2000000), 0);
+}
+END_TEST
+
+/* A block that protect splits: what lies around the page asked for has other rights. */
+START_TEST(test_protect_inside_a_block)
+{
+	uint64_t v = 1, root;
+
+	for (unsigned paging = 0; paging < 2; paging++) {
+		if (paging) {
+			root = guest_long_mode(&g, 4);
+			guest_map(&g, root, 0x2000000, 0x2000000, PTE_W | PTE_PS, 1);
+		}
+		cpu_store(g.cpu, 0x2001000, 1);
+		ck_assert_int_eq(kage_vm_protect(g.vm, 0x2010000, 0x10000, KAGE_READ), KAGE_OK);
+		cpu_store(g.cpu, 0x2002000, 2);
+		cpu_store(g.cpu, 0x2020000, 3);
+		ck_assert_int_eq(kage_vcpu_store(g.cpu, 0x2010000, &v, 8, NULL), KAGE_MMIO);
+		ck_assert_int_eq(kage_vcpu_store(g.cpu, 0x201fff8, &v, 8, NULL), KAGE_MMIO);
+		ck_assert_uint_eq(cpu_load(g.cpu, 0x2010000), 0);
+		guest_audit(&g);
+		ck_assert_int_eq(kage_vm_protect(g.vm, 0x2010000, 0x10000, KAGE_RWX), KAGE_OK);
+		ck_assert_int_eq(kage_vcpu_store(g.cpu, 0x2010000, &v, 8, NULL), KAGE_OK);
+		ck_assert_int_eq(kage_vm_advise(g.vm, 0x2000000, 0x200000, KAGE_ADVICE_DISCARD), KAGE_OK);
+	}
+}
+END_TEST
+
+/* After leave nobody waits for this vCPU's windows: its next access must say first that it is back. */
+START_TEST(test_access_after_leave)
+{
+	const struct kage_vcpu_head *head = (const struct kage_vcpu_head *)g.cpu;
+
+	cpu_store(g.cpu, 0x2000000, 1);
+	kage_vcpu_leave(g.cpu);
+	ck_assert_uint_eq(head->ctx[0], 0xfff);
+	ck_assert_uint_eq(cpu_load(g.cpu, 0x2000000), 1);
+	ck_assert_uint_ne(head->ctx[0], 0xfff);
+	kage_vcpu_leave(g.cpu);
+	cpu_store(g.cpu, 0x2000000, 2);
+	ck_assert_uint_ne(head->ctx[1], 0xfff);
 }
 END_TEST
 
@@ -814,7 +855,7 @@ START_TEST(test_create_and_layout)
 	kage_vcpu_destroy(NULL);
 	ck_assert_int_eq(kage_vcpu_layout(&l), KAGE_OK);
 	ck_assert_uint_eq(l.abi, KAGE_VCPU_ABI);
-	ck_assert_uint_eq(l.tlb_offset, 64);
+	ck_assert_uint_eq(l.tlb_offset, 32);
 	ck_assert_uint_eq(l.entry_size, 32);
 	l.size = 4;
 	ck_assert_int_eq(kage_vcpu_layout(&l), -EINVAL);
@@ -865,6 +906,8 @@ static Suite *suite(void)
 	tcase_set_timeout(t, 120);
 	tcase_add_checked_fixture(t, setup, teardown);
 	tcase_add_test(t, test_paging_off);
+	tcase_add_test(t, test_protect_inside_a_block);
+	tcase_add_test(t, test_access_after_leave);
 	tcase_add_test(t, test_device_memory);
 	tcase_add_test(t, test_four_levels);
 	tcase_add_test(t, test_not_canonical);
