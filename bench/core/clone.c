@@ -123,7 +123,7 @@ static double sample_first_write(void *arg)
 	must(kage_vm_read(f->g.vm, 0, &original, 8), "read");
 	make_clones(f);
 	for (unsigned i = 0; f->stores && i < BATCH; i++)
-		f->vcpu[i] = vcpu_flat(f->clone[i]);
+		f->vcpu[i] = vcpu_flat(f->clone[i], 0);
 	ns = cpu_ns();
 	for (unsigned i = 0; i < BATCH; i++)
 		write_first(f, i, original + i + 1);
@@ -304,8 +304,8 @@ static void vcpu_rows(const struct bench *b, struct full *big, struct full *smal
 	big->stores = small->stores = true;
 	t = take_turns(b, sample_first_write, big, sample_first_write, small);
 	report_turns(&row, &t);
-	big->parent = vcpu_flat(big->g.vm);
-	small->parent = vcpu_flat(small->g.vm);
+	big->parent = vcpu_flat(big->g.vm, 0);
+	small->parent = vcpu_flat(small->g.vm, 0);
 	t = take_turns(b, sample_warm, big, sample_warm, small);
 	row = (struct row){
 	    .suite = "clone",

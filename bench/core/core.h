@@ -128,9 +128,9 @@ char *guest_raw(const struct guest *g, uint64_t bytes);
 void guest_unraw(const struct guest *g, uint64_t bytes);
 /* Builds 4-level tables that map [gva, gva + bytes) to gpa 0 by 4 KiB pages; they lie at `tables`. */
 void guest_tables(const struct guest *g, uint64_t gva, uint64_t bytes, uint64_t tables);
-struct kage_vcpu *vcpu_flat(struct kage_vm *vm);
+struct kage_vcpu *vcpu_flat(struct kage_vm *vm, unsigned tlb_bits); /* 0: the default */
 /* Long mode, CPL 3, CR3 = tables. */
-struct kage_vcpu *vcpu_paged(struct kage_vm *vm, uint64_t tables);
+struct kage_vcpu *vcpu_paged(struct kage_vm *vm, uint64_t tables, unsigned tlb_bits);
 struct kage_vm *must_clone(struct kage_vm *vm);
 
 /* A number that looks random for each i. */

@@ -65,7 +65,7 @@ static double sample_kage(void *arg)
 	struct cow *c = arg;
 	struct guest g = c->fresh ? populated(c) : c->g;
 	struct kage_vm *clone = must_clone(g.vm);
-	struct kage_vcpu *v = vcpu_flat(clone);
+	struct kage_vcpu *v = vcpu_flat(clone, 0);
 	uint64_t breaks = guest_stats(&g, NULL).cow_breaks, key = ++c->round + 1;
 	double ns = cpu_ns();
 	bool ok;

@@ -127,17 +127,17 @@ void guest_tables(const struct guest *g, uint64_t gva, uint64_t bytes, uint64_t 
 	}
 }
 
-struct kage_vcpu *vcpu_flat(struct kage_vm *vm)
+struct kage_vcpu *vcpu_flat(struct kage_vm *vm, unsigned tlb_bits)
 {
 	struct kage_vcpu *v;
 
-	must(kage_vcpu_create(vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI), &v), "vCPU");
+	must(kage_vcpu_create(vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI, .tlb_bits = tlb_bits), &v), "vCPU");
 	return v;
 }
 
-struct kage_vcpu *vcpu_paged(struct kage_vm *vm, uint64_t tables)
+struct kage_vcpu *vcpu_paged(struct kage_vm *vm, uint64_t tables, unsigned tlb_bits)
 {
-	struct kage_vcpu *v = vcpu_flat(vm);
+	struct kage_vcpu *v = vcpu_flat(vm, tlb_bits);
 	const struct kage_x86_regs regs = {
 	    .cr0 = 0x80010001, /* PG, WP, PE */
 	    .cr3 = tables,

@@ -48,7 +48,7 @@ static void *stormer(void *arg)
 /* Half by a vCPU's first touch of a page, half by a backend that reads, then writes what the vCPU touched. */
 static double fault_range(struct storm *s)
 {
-	struct kage_vcpu *v = vcpu_flat(s->g.vm);
+	struct kage_vcpu *v = vcpu_flat(s->g.vm, 0);
 	struct kage_reader r;
 	struct kage_page page;
 	double begin = wall_ns(), ns;
