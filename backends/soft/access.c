@@ -214,9 +214,9 @@ static inline bool access_quick(struct kage_vcpu *v, uint64_t gva, void *buf, si
 	e = tlb_probe(v, gva, len, kind);
 	if (e) {
 		if (kind == 1)
-			kage_guest_move(kage_tlb_hva(e, gva), buf, len);
+			kage_guest_store(kage_tlb_hva(e, gva), buf, len);
 		else
-			kage_guest_move(buf, kage_tlb_hva(e, gva), len);
+			kage_guest_load(buf, kage_tlb_hva(e, gva), len);
 	}
 	kage_window_close(&v->head, win);
 	return e != NULL;

@@ -87,7 +87,7 @@ void tlb_drop_page(struct kage_vcpu *v, uint64_t gva);
 
 static inline struct kage_tlb_entry *tlb_slot(struct kage_vcpu *v, uint64_t gva)
 {
-	return (struct kage_tlb_entry *)((char *)v->head.tlb + ((gva >> KAGE_TLB_SHIFT) & v->head.mask));
+	return kage_tlb_slot(&v->head, gva);
 }
 
 static inline uint64_t tlb_entries(const struct kage_vcpu *v)
@@ -102,7 +102,7 @@ static inline void tlb_ready(struct kage_vcpu *v)
 		tlb_unpark(v);
 }
 
-/* As kage_tlb_probe(), for a vCPU that is ready, whether inline probes may hit (V4) or not. */
+/* The entry that answers, or NULL, for a vCPU that is ready, whether inline probes may hit (V4) or not. */
 static inline struct kage_tlb_entry *tlb_probe(struct kage_vcpu *v, uint64_t gva, size_t len, unsigned kind)
 {
 	struct kage_tlb_entry *e = tlb_slot(v, gva);

@@ -208,27 +208,61 @@ KAGE_API int kage_vcpu_fetch(struct kage_vcpu *vcpu, uint64_t gva, void *buf, si
 #endif
 #ifdef KAGE_TSAN /* it knows neither membarrier nor volatile: real fences and atomics */
 #define KAGE_WINDOW_FENCE() __atomic_thread_fence(__ATOMIC_SEQ_CST)
-#define KAGE_GUEST_MOVE(type, to, from) \
-	__atomic_store_n((type *)(to), __atomic_load_n((const type *)(from), __ATOMIC_RELAXED), __ATOMIC_RELAXED)
+#define KAGE_GUEST_GET(type, from) __atomic_load_n((const type *)(from), __ATOMIC_RELAXED)
+#define KAGE_GUEST_PUT(type, to, value) __atomic_store_n((type *)(to), (type)(value), __ATOMIC_RELAXED)
 #else
+typedef uint8_t __attribute__((may_alias)) kage_guest_uint8_t;
+typedef uint16_t __attribute__((may_alias, aligned(1))) kage_guest_uint16_t;
+typedef uint32_t __attribute__((may_alias, aligned(1))) kage_guest_uint32_t;
+typedef uint64_t __attribute__((may_alias, aligned(1))) kage_guest_uint64_t;
 #define KAGE_WINDOW_FENCE() __atomic_signal_fence(__ATOMIC_SEQ_CST)
-#define KAGE_GUEST_MOVE(type, to, from)                                    \
-	do {                                                               \
-		typedef type __attribute__((may_alias, aligned(1))) move_; \
-		*(volatile move_ *)(to) = *(const volatile move_ *)(from); \
-	} while (0)
+#define KAGE_GUEST_GET(type, from) (*(const volatile kage_guest_##type *)(from))
+#define KAGE_GUEST_PUT(type, to, value) (*(volatile kage_guest_##type *)(to) = (type)(value))
 #endif
 
 #define KAGE_INLINE_SIZE(n) (__builtin_constant_p(n) && ((n) == 1 || (n) == 2 || (n) == 4 || (n) == 8))
 
-KAGE_HELPER void kage_guest_move(void *to, const void *from, size_t len)
+/* One access of 1, 2, 4 or 8 bytes to guest memory. */
+KAGE_HELPER uint64_t kage_guest_get(const void *from, size_t len)
 {
 	switch (len) {
-	case 1: KAGE_GUEST_MOVE(uint8_t, to, from); break;
-	case 2: KAGE_GUEST_MOVE(uint16_t, to, from); break;
-	case 4: KAGE_GUEST_MOVE(uint32_t, to, from); break;
-	default: KAGE_GUEST_MOVE(uint64_t, to, from); break;
+	case 1: return KAGE_GUEST_GET(uint8_t, from);
+	case 2: return KAGE_GUEST_GET(uint16_t, from);
+	case 4: return KAGE_GUEST_GET(uint32_t, from);
+	default: return KAGE_GUEST_GET(uint64_t, from);
 	}
+}
+
+KAGE_HELPER void kage_guest_put(void *to, uint64_t value, size_t len)
+{
+	switch (len) {
+	case 1: KAGE_GUEST_PUT(uint8_t, to, value); break;
+	case 2: KAGE_GUEST_PUT(uint16_t, to, value); break;
+	case 4: KAGE_GUEST_PUT(uint32_t, to, value); break;
+	default: KAGE_GUEST_PUT(uint64_t, to, value); break;
+	}
+}
+
+/* The same between two places that others may be using. */
+KAGE_HELPER void kage_guest_move(void *to, const void *from, size_t len)
+{
+	kage_guest_put(to, kage_guest_get(from, len), len);
+}
+
+/* Between guest memory and a buffer of the caller's, which is nobody else's: hosts are little-endian. */
+KAGE_HELPER void kage_guest_load(void *buf, const void *from, size_t len)
+{
+	uint64_t value = kage_guest_get(from, len);
+
+	__builtin_memcpy(buf, &value, len);
+}
+
+KAGE_HELPER void kage_guest_store(void *to, const void *buf, size_t len)
+{
+	uint64_t value = 0;
+
+	__builtin_memcpy(&value, buf, len);
+	kage_guest_put(to, value, len);
 }
 
 /* Opens a window if none is open; returns what kage_window_close() needs. */
@@ -247,14 +281,19 @@ KAGE_HELPER void kage_window_close(struct kage_vcpu_head *h, uint64_t win)
 	__atomic_store_n(&h->win, win + ((~win & 1) << 1), __ATOMIC_RELEASE);
 }
 
-/* The entry that answers, or NULL. `kind` is 0 to read, 1 to write, 2 to execute. Inside a window. */
-KAGE_HELPER struct kage_tlb_entry *kage_tlb_probe(struct kage_vcpu_head *h, uint64_t gva, size_t len,
-						  int kind)
+/* The only entry that can answer for a gva. */
+KAGE_HELPER struct kage_tlb_entry *kage_tlb_slot(const struct kage_vcpu_head *h, uint64_t gva)
 {
-	struct kage_tlb_entry *e = (struct kage_tlb_entry *)((char *)h->tlb + ((gva >> KAGE_TLB_SHIFT) & h->mask));
+	return (struct kage_tlb_entry *)((char *)h->tlb + ((gva >> KAGE_TLB_SHIFT) & h->mask));
+}
+
+/* Does it answer? `kind` is 0 to read, 1 to write, 2 to execute. Inside a window. */
+KAGE_HELPER bool kage_tlb_hit(const struct kage_vcpu_head *h, const struct kage_tlb_entry *e, uint64_t gva, size_t len,
+			      int kind)
+{
 	uint64_t want = ((gva + len - 1) & ~(KAGE_PAGE_SIZE - 1)) | __atomic_load_n(&h->ctx[kind], __ATOMIC_RELAXED);
 
-	return KAGE_LIKELY(__atomic_load_n(&e->tag[kind], __ATOMIC_RELAXED) == want) ? e : NULL;
+	return KAGE_LIKELY(__atomic_load_n(&e->tag[kind], __ATOMIC_RELAXED) == want);
 }
 
 /*
@@ -279,17 +318,23 @@ KAGE_HELPER void *kage_tlb_hva(const struct kage_tlb_entry *e, uint64_t gva)
 KAGE_INLINE int kage_vcpu_load(struct kage_vcpu *vcpu, uint64_t gva, void *buf, size_t len,
 			       struct kage_fault *fault)
 {
-	if (KAGE_INLINE_SIZE(len)) {
+	if (KAGE_INLINE_SIZE(len)) { /* the caller's variable stays in a register: its address goes nowhere */
 		struct kage_vcpu_head *h = (struct kage_vcpu_head *)vcpu;
 		uint64_t win = kage_window_open(h);
-		struct kage_tlb_entry *e = kage_tlb_probe(h, gva, len, 0);
+		struct kage_tlb_entry *e = kage_tlb_slot(h, gva);
+		uint64_t value;
+		int r;
 
-		if (KAGE_LIKELY(e != NULL)) {
-			kage_guest_move(buf, kage_tlb_hva(e, gva), len);
+		if (kage_tlb_hit(h, e, gva, len, 0)) {
+			kage_guest_load(buf, kage_tlb_hva(e, gva), len);
 			kage_window_close(h, win);
 			return KAGE_OK;
 		}
 		kage_window_close(h, win);
+		r = kage_vcpu_load_slow(vcpu, gva, &value, len, fault);
+		if (r == KAGE_OK)
+			__builtin_memcpy(buf, &value, len);
+		return r;
 	}
 	return kage_vcpu_load_slow(vcpu, gva, buf, len, fault);
 }
@@ -298,17 +343,20 @@ KAGE_INLINE int kage_vcpu_load(struct kage_vcpu *vcpu, uint64_t gva, void *buf, 
 KAGE_INLINE int kage_vcpu_store(struct kage_vcpu *vcpu, uint64_t gva, const void *buf, size_t len,
 				struct kage_fault *fault)
 {
-	if (KAGE_INLINE_SIZE(len)) {
+	if (KAGE_INLINE_SIZE(len)) { /* the caller's variable stays in a register: its address goes nowhere */
 		struct kage_vcpu_head *h = (struct kage_vcpu_head *)vcpu;
 		uint64_t win = kage_window_open(h);
-		struct kage_tlb_entry *e = kage_tlb_probe(h, gva, len, 1);
+		struct kage_tlb_entry *e = kage_tlb_slot(h, gva);
+		uint64_t value = 0;
 
-		if (KAGE_LIKELY(e != NULL)) {
-			kage_guest_move(kage_tlb_hva(e, gva), buf, len);
+		if (kage_tlb_hit(h, e, gva, len, 1)) {
+			kage_guest_store(kage_tlb_hva(e, gva), buf, len);
 			kage_window_close(h, win);
 			return KAGE_OK;
 		}
 		kage_window_close(h, win);
+		__builtin_memcpy(&value, buf, len);
+		return kage_vcpu_store_slow(vcpu, gva, &value, len, fault);
 	}
 	return kage_vcpu_store_slow(vcpu, gva, buf, len, fault);
 }
@@ -317,17 +365,23 @@ KAGE_INLINE int kage_vcpu_store(struct kage_vcpu *vcpu, uint64_t gva, const void
 KAGE_INLINE int kage_vcpu_fetch(struct kage_vcpu *vcpu, uint64_t gva, void *buf, size_t len,
 				struct kage_fault *fault)
 {
-	if (KAGE_INLINE_SIZE(len)) {
+	if (KAGE_INLINE_SIZE(len)) { /* the caller's variable stays in a register: its address goes nowhere */
 		struct kage_vcpu_head *h = (struct kage_vcpu_head *)vcpu;
 		uint64_t win = kage_window_open(h);
-		struct kage_tlb_entry *e = kage_tlb_probe(h, gva, len, 2);
+		struct kage_tlb_entry *e = kage_tlb_slot(h, gva);
+		uint64_t value;
+		int r;
 
-		if (KAGE_LIKELY(e != NULL)) {
-			kage_guest_move(buf, kage_tlb_hva(e, gva), len);
+		if (kage_tlb_hit(h, e, gva, len, 2)) {
+			kage_guest_load(buf, kage_tlb_hva(e, gva), len);
 			kage_window_close(h, win);
 			return KAGE_OK;
 		}
 		kage_window_close(h, win);
+		r = kage_vcpu_fetch_slow(vcpu, gva, &value, len, fault);
+		if (r == KAGE_OK)
+			__builtin_memcpy(buf, &value, len);
+		return r;
 	}
 	return kage_vcpu_fetch_slow(vcpu, gva, buf, len, fault);
 }
