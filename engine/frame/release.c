@@ -45,6 +45,7 @@ void pool_release(struct pool *pool, pfn_t pfn, unsigned order)
 		return;
 	}
 	frame_set_kind(f, FRAME_PENDING, order);
+	atomic_fetch_and_explicit(&f->bits, ~FRAME_DEAD, memory_order_relaxed); /* PENDING says the same from here on */
 	atomic_fetch_add_explicit(&p->pending, (uint64_t)1 << order, memory_order_relaxed);
 	/* Release pairs with the taker's exchange: it sees the links and the bits. */
 	do

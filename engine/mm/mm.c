@@ -141,8 +141,9 @@ int mm_destroy(struct mm *mm)
 
 	if (mm_busy(mm))
 		return -EBUSY;
-	notify_release(&mm->notify);
+	/* host->lock keeps walks over all guests away from listeners that are being released */
 	lock_take(&h->lock);
+	notify_release(&mm->notify);
 	brlock_write(&f->lock);
 	brlock_write(&mm->range);
 	table_drop_root(mm, &dead);
