@@ -55,14 +55,14 @@ static int vcpu_init(struct kage_vcpu *v, struct kage_vm *vm, const struct kage_
 	return shadow_attach(s, &v->cpu);
 }
 
-int kage_vcpu_create(struct kage_vm *vm, const struct kage_vcpu_config *config, struct kage_vcpu **out)
+static int vcpu_create(struct kage_vm *vm, const struct kage_vcpu_config *config, struct kage_vcpu **out)
 {
 	struct kage_vcpu_config c = {.size = sizeof(c)};
 	struct kage_vcpu *v;
 	struct shadow *s;
 	int r;
 
-	if (!vm || !out)
+	if (!out)
 		return -EINVAL;
 	r = config ? config_check(config, sizeof(c), sizeof(c)) : 0;
 	if (!r && config)
@@ -85,6 +85,11 @@ int kage_vcpu_create(struct kage_vm *vm, const struct kage_vcpu_config *config, 
 	atomic_fetch_add(&vm->vcpus, 1);
 	*out = v;
 	return KAGE_OK;
+}
+
+int kage_vcpu_create(struct kage_vm *vm, const struct kage_vcpu_config *config, struct kage_vcpu **out)
+{
+	return vm ? api_result(vm->engine, __func__, 0, 0, vcpu_create(vm, config, out)) : -EINVAL;
 }
 
 void kage_vcpu_destroy(struct kage_vcpu *v)

@@ -15,13 +15,13 @@ struct kage_dirty {
 	uint32_t format;
 };
 
-int kage_dirty_open(struct kage_vm *vm, const struct kage_dirty_config *config, struct kage_dirty **out)
+static int log_open(struct kage_vm *vm, const struct kage_dirty_config *config, struct kage_dirty **out)
 {
 	struct kage_dirty_config c;
 	struct kage_dirty *d;
 	int r;
 
-	if (!vm || !out)
+	if (!out)
 		return -EINVAL;
 	r = config ? config_check(config, sizeof(c), sizeof(c)) : 0;
 	if (r)
@@ -43,6 +43,11 @@ int kage_dirty_open(struct kage_vm *vm, const struct kage_dirty_config *config, 
 	atomic_fetch_add(&vm->logs, 1);
 	*out = d;
 	return KAGE_OK;
+}
+
+int kage_dirty_open(struct kage_vm *vm, const struct kage_dirty_config *config, struct kage_dirty **out)
+{
+	return vm ? api_result(vm->engine, __func__, 0, 0, log_open(vm, config, out)) : -EINVAL;
 }
 
 int kage_dirty_collect(struct kage_dirty *d, uint64_t gpa, uint64_t len, void *buf, size_t bytes)

@@ -51,6 +51,20 @@ void config_copy(void *to, const void *config, size_t known)
 	memcpy(to, config, MIN(size, known));
 }
 
+int api_result(struct kage_engine *e, const char *call, uint64_t gpa, uint64_t len, int r)
+{
+	char text[64];
+
+	if (likely(r >= 0) || !e || !e->env.log)
+		return r;
+	if (len)
+		env_log(&e->env, KAGE_LOG_ERROR, "%s: gpa %#llx len %#llx: %s", call, (unsigned long long)gpa,
+			(unsigned long long)len, strerror_r(-r, text, sizeof(text)));
+	else
+		env_log(&e->env, KAGE_LOG_ERROR, "%s: %s", call, strerror_r(-r, text, sizeof(text)));
+	return r;
+}
+
 static int engine_config(struct kage_engine_config *c, const struct kage_engine_config *config)
 {
 	int r = config ? config_check(config, sizeof(*c), sizeof(*c)) : 0;
@@ -132,7 +146,7 @@ int kage_engine_destroy(struct kage_engine *e)
 	if (!e)
 		return KAGE_OK;
 	if (atomic_load(&e->guests))
-		return -EBUSY;
+		return api_result(e, __func__, 0, 0, -EBUSY);
 	merge_finish(&e->merge);
 	defer_run(&e->env.defer);
 	pool_reap(e->pool);
@@ -160,6 +174,8 @@ void engine_due(struct kage_engine *e)
 	ssize_t n;
 
 	if (!pool_pending(e->pool) && !e->merge.on && !atomic_load(&e->env.defer.pending))
+		return;
+	if (atomic_exchange(&e->due, true))
 		return;
 	n = write(e->event, &one, sizeof(one)); /* EAGAIN: it is readable already */
 	(void)n;
@@ -217,6 +233,7 @@ int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, st
 		return r;
 	n = read(e->event, &seen, sizeof(seen));
 	(void)n;
+	atomic_store(&e->due, false); /* after the read: what was told before it, this step does */
 	r = step_work(e, &b, &p);
 	if (p.more)
 		engine_due(e);
@@ -236,10 +253,10 @@ int kage_engine_tune(struct kage_engine *e, const struct kage_tune *tune)
 		return -EINVAL;
 	r = config_check(tune, sizeof(t), sizeof(t));
 	if (r)
-		return r;
+		return api_result(e, __func__, 0, 0, r);
 	config_copy(&t, tune, sizeof(t));
 	if (t.flags & ~(uint32_t)KAGE_TUNE_MERGE || t.no_zero_pages > 1 || t.max_sharing == 1)
-		return -EINVAL;
+		return api_result(e, __func__, 0, 0, -EINVAL);
 	merge_tune(&e->merge, t.flags & KAGE_TUNE_MERGE, t.no_zero_pages, t.max_sharing);
 	engine_due(e);
 	return KAGE_OK;

@@ -15,6 +15,7 @@ struct kage_engine {
 	struct host host;
 	struct merge merge;
 	int event; /* eventfd: a step is due */
+	_Atomic bool due; /* it has been told since the last step began */
 	_Atomic uint64_t guests;
 };
 
@@ -22,6 +23,12 @@ struct kage_engine {
 int config_check(const void *config, size_t known, size_t least);
 /* Copies what the caller's struct has, zeroes the rest. */
 void config_copy(void *to, const void *config, size_t known);
+
+/*
+ * At the end of a public call: a refusal is told to the log as well, with the
+ * range it was about (len 0: none). Returns r. `e` may be NULL.
+ */
+int api_result(struct kage_engine *e, const char *call, uint64_t gpa, uint64_t len, int r);
 
 /* Something may wait for a step: makes kage_engine_fd() readable. */
 void engine_due(struct kage_engine *e);

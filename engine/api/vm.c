@@ -45,38 +45,36 @@ static void vm_free(struct kage_vm *vm)
 	env_free(&e->env, vm, sizeof(*vm));
 }
 
-int kage_vm_create(struct kage_engine *e, const struct kage_vm_config *config, struct kage_vm **out)
+static int vm_create(struct kage_engine *e, const struct kage_vm_config *config, struct kage_vm **out)
 {
 	struct kage_vm_config c;
 	struct kage_vm *vm;
-	int r;
+	int r = out ? vm_config(&c, config) : -EINVAL;
 
-	if (!e || !out)
-		return -EINVAL;
-	r = vm_config(&c, config);
 	if (r)
 		return r;
 	vm = vm_alloc(e);
 	if (!vm)
 		return -ENOMEM;
 	r = mm_create(&e->host, &vm->mm, c.merge_domain, c.levels ? c.levels : 2);
-	if (r) {
+	if (r)
 		vm_free(vm);
-		return r;
-	}
-	*out = vm;
-	return KAGE_OK;
+	else
+		*out = vm;
+	return r;
 }
 
-int kage_vm_clone(struct kage_vm *parent, const struct kage_vm_config *config, struct kage_vm **out)
+int kage_vm_create(struct kage_engine *e, const struct kage_vm_config *config, struct kage_vm **out)
+{
+	return e ? api_result(e, __func__, 0, 0, vm_create(e, config, out)) : -EINVAL;
+}
+
+static int vm_clone(struct kage_vm *parent, const struct kage_vm_config *config, struct kage_vm **out)
 {
 	struct kage_vm_config c;
 	struct kage_vm *vm;
-	int r;
+	int r = out ? vm_config(&c, config) : -EINVAL;
 
-	if (!parent || !out)
-		return -EINVAL;
-	r = vm_config(&c, config);
 	if (r)
 		return r;
 	if (c.merge_domain && c.merge_domain != parent->mm.domain)
@@ -85,35 +83,41 @@ int kage_vm_clone(struct kage_vm *parent, const struct kage_vm_config *config, s
 	if (!vm)
 		return -ENOMEM;
 	r = mm_clone(&parent->mm, &vm->mm);
-	if (r) {
+	if (r)
 		vm_free(vm);
-		return r;
-	}
-	*out = vm;
-	return KAGE_OK;
+	else
+		*out = vm;
+	return r;
+}
+
+int kage_vm_clone(struct kage_vm *parent, const struct kage_vm_config *config, struct kage_vm **out)
+{
+	return parent ? api_result(parent->engine, __func__, 0, 0, vm_clone(parent, config, out)) : -EINVAL;
+}
+
+static int vm_destroy(struct kage_vm *vm)
+{
+	int r;
+
+	if (atomic_load(&vm->vcpus) || atomic_load(&vm->logs) || mm_busy(&vm->mm))
+		return -EBUSY;
+	merge_forget(&vm->engine->merge, &vm->mm);
+	r = mm_destroy(&vm->mm);
+	if (r)
+		vm->mm.leaving = false;
+	else
+		vm_free(vm);
+	return r;
 }
 
 int kage_vm_destroy(struct kage_vm *vm)
 {
-	struct kage_engine *e;
-	int r;
+	struct kage_engine *e = vm ? vm->engine : NULL;
+	int r = vm ? vm_destroy(vm) : KAGE_OK;
 
-	if (!vm)
-		return KAGE_OK;
-	e = vm->engine;
-	if (atomic_load(&vm->vcpus) || atomic_load(&vm->logs))
-		return -EBUSY;
-	if (mm_busy(&vm->mm))
-		return -EBUSY;
-	merge_forget(&e->merge, &vm->mm);
-	r = mm_destroy(&vm->mm);
-	if (r) {
-		vm->mm.leaving = false;
-		return r;
-	}
-	vm_free(vm);
-	engine_settle(e);
-	return KAGE_OK;
+	if (e && !r)
+		engine_settle(e);
+	return api_result(e, __func__, 0, 0, r);
 }
 
 /* A page-aligned, non-empty range within the guest physical space. */
@@ -131,21 +135,26 @@ static int bytes_check(const struct kage_vm *vm, const void *buf, uint64_t len)
 	return vm && (buf || !len) ? 0 : -EINVAL;
 }
 
-int kage_vm_map(struct kage_vm *vm, const struct kage_region *region)
+/* The end of a call about a range: what it released is not left lying, what it refused is told. */
+static int range_result(struct kage_vm *vm, const char *call, uint64_t gpa, uint64_t len, int r)
 {
-	struct kage_region c;
-	int r;
-
-	if (!vm || !region)
-		return -EINVAL;
-	r = config_check(region, sizeof(c), sizeof(c));
-	if (r)
+	if (!vm)
 		return r;
-	config_copy(&c, region, sizeof(c));
-	r = mm_map(&vm->mm, &c);
 	if (!r)
 		engine_settle(vm->engine);
-	return r;
+	return api_result(vm->engine, call, gpa, len, r);
+}
+
+int kage_vm_map(struct kage_vm *vm, const struct kage_region *region)
+{
+	struct kage_region c = { .size = 0 };
+	int r = vm && region ? config_check(region, sizeof(c), sizeof(c)) : -EINVAL;
+
+	if (!r) {
+		config_copy(&c, region, sizeof(c));
+		r = mm_map(&vm->mm, &c);
+	}
+	return range_result(vm, __func__, c.gpa, c.len, r);
 }
 
 int kage_vm_unmap(struct kage_vm *vm, uint64_t gpa, uint64_t len)
@@ -154,9 +163,7 @@ int kage_vm_unmap(struct kage_vm *vm, uint64_t gpa, uint64_t len)
 
 	if (!r)
 		r = mm_unmap(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT);
-	if (!r)
-		engine_settle(vm->engine);
-	return r;
+	return range_result(vm, __func__, gpa, len, r);
 }
 
 int kage_vm_protect(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint32_t prot)
@@ -165,9 +172,7 @@ int kage_vm_protect(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint32_t pro
 
 	if (!r)
 		r = mm_protect(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, prot);
-	if (!r)
-		engine_settle(vm->engine);
-	return r;
+	return range_result(vm, __func__, gpa, len, r);
 }
 
 int kage_vm_advise(struct kage_vm *vm, uint64_t gpa, uint64_t len, enum kage_advice advice)
@@ -176,20 +181,21 @@ int kage_vm_advise(struct kage_vm *vm, uint64_t gpa, uint64_t len, enum kage_adv
 
 	if (!r)
 		r = mm_advise(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, advice);
-	if (!r)
-		engine_settle(vm->engine);
-	return r;
+	return range_result(vm, __func__, gpa, len, r);
+}
+
+static bool beyond_memory(uint64_t gpa, uint64_t len)
+{
+	return len && (gpa >= (uint64_t)1 << KAGE_GPA_BITS || len > ((uint64_t)1 << KAGE_GPA_BITS) - gpa);
 }
 
 int kage_vm_read(struct kage_vm *vm, uint64_t gpa, void *buf, size_t len)
 {
 	int r = bytes_check(vm, buf, len);
 
-	if (r)
-		return r;
-	if (len && (gpa >= (uint64_t)1 << KAGE_GPA_BITS || len > ((uint64_t)1 << KAGE_GPA_BITS) - gpa))
-		return KAGE_MMIO;
-	return mm_read(&vm->mm, GPA(gpa), buf, len);
+	if (!r)
+		r = beyond_memory(gpa, len) ? KAGE_MMIO : mm_read(&vm->mm, GPA(gpa), buf, len);
+	return api_result(vm ? vm->engine : NULL, __func__, gpa, len, r);
 }
 
 static void vm_written(void *arg, gpa_t gpa, size_t len)
@@ -205,13 +211,13 @@ int kage_vm_write(struct kage_vm *vm, uint64_t gpa, const void *buf, size_t len)
 {
 	int r = bytes_check(vm, buf, len);
 
-	if (r)
-		return r;
-	if (len && (gpa >= (uint64_t)1 << KAGE_GPA_BITS || len > ((uint64_t)1 << KAGE_GPA_BITS) - gpa))
+	if (!r && beyond_memory(gpa, len))
 		return KAGE_MMIO;
-	if (len && atomic_load(&vm->shadow))
+	if (!r && len)
 		vm_written(vm, GPA(gpa), len); /* who translated code from these pages hears of it before they change */
-	return mm_write(&vm->mm, GPA(gpa), buf, len, vm_written, vm);
+	if (!r)
+		r = mm_write(&vm->mm, GPA(gpa), buf, len, vm_written, vm);
+	return api_result(vm ? vm->engine : NULL, __func__, gpa, len, r);
 }
 
 int kage_vm_pin(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint32_t flags, struct iovec *iov, unsigned *n)
@@ -220,26 +226,29 @@ int kage_vm_pin(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint32_t flags, 
 
 	if (!r && (flags || !n || (*n && !iov)))
 		r = -EINVAL;
-	return r ? r : mm_pin(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, iov, n);
+	if (!r)
+		r = mm_pin(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, iov, n);
+	return range_result(vm, __func__, gpa, len, r);
 }
 
 int kage_vm_unpin(struct kage_vm *vm, uint64_t gpa, uint64_t len)
 {
 	int r = range_check(vm, gpa, len);
 
-	return r ? r : mm_unpin(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT);
+	if (!r)
+		r = mm_unpin(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT);
+	return range_result(vm, __func__, gpa, len, r);
 }
 
 int kage_vm_mark_dirty(struct kage_vm *vm, uint64_t gpa, uint64_t len)
 {
-	gfn_t gfn = GFN(gpa >> PAGE_SHIFT), end;
+	gfn_t gfn = GFN(gpa >> PAGE_SHIFT);
 
-	if (!vm || gpa >= (uint64_t)1 << KAGE_GPA_BITS || len > ((uint64_t)1 << KAGE_GPA_BITS) - gpa)
-		return -EINVAL;
-	if (!len)
-		return KAGE_OK;
-	end = GFN(((gpa + len - 1) >> PAGE_SHIFT) + 1);
-	mm_mark_regions(&vm->mm, gfn, end);
-	vm_written(vm, GPA(gpa), len);
+	if (!vm || gpa >= (uint64_t)1 << KAGE_GPA_BITS || beyond_memory(gpa, len))
+		return api_result(vm ? vm->engine : NULL, __func__, gpa, len, -EINVAL);
+	if (len) {
+		mm_mark_regions(&vm->mm, gfn, GFN(((gpa + len - 1) >> PAGE_SHIFT) + 1));
+		vm_written(vm, GPA(gpa), len);
+	}
 	return KAGE_OK;
 }

@@ -46,7 +46,7 @@ struct kage_engine_config {
 	/** Milliseconds to wait for a vCPU to leave its window of use. 0: 10,000. */
 	uint32_t window_timeout_ms;
 	uint32_t reserved;
-	/** Called with one line (no newline). May be called from any thread that is in the library. */
+	/** Called with one line (no newline): refused calls, corruption found. From any thread that is in the library. */
 	void (*log)(void *opaque, int level, const char *line);
 	void *log_opaque;
 	/** NULL members: malloc. */

@@ -903,6 +903,48 @@ START_TEST(version)
 }
 END_TEST
 
+static unsigned lines;
+static char last_line[256];
+
+static void count_line(void *opaque, int level, const char *line)
+{
+	lines++;
+	snprintf(last_line, sizeof(last_line), "%s", line);
+	ck_assert_ptr_null(strchr(line, '\n'));
+}
+
+/* Every refused call says so to the log, with the range; a call that is not refused says nothing. */
+START_TEST(refusals_are_logged)
+{
+	struct kage_engine *e;
+	struct kage_vm *vm;
+	struct kage_vcpu *v;
+	unsigned n = 0;
+
+	lines = 0;
+	is(kage_engine_create(KAGE_CFG(kage_engine_config, .log = count_line), &e), KAGE_OK);
+	is(kage_vm_create(e, NULL, &vm), KAGE_OK);
+	is(kage_vm_map(vm, KAGE_CFG(kage_region, .gpa = 0, .len = 16 * PAGE)), KAGE_OK);
+	ck_assert_uint_eq(lines, 0);
+	is(kage_vm_map(vm, KAGE_CFG(kage_region, .gpa = PAGE, .len = PAGE)), -EEXIST);
+	ck_assert_uint_eq(lines, ++n);
+	ck_assert_ptr_nonnull(strstr(last_line, "kage_vm_map: gpa 0x1000 len 0x1000"));
+	is(kage_vm_unmap(vm, 1, PAGE), -EINVAL);
+	ck_assert_uint_eq(lines, ++n);
+	is(kage_vm_protect(vm, 100 * PAGE, PAGE, KAGE_READ), -ENOENT);
+	ck_assert_uint_eq(lines, ++n);
+	is(kage_vm_unpin(vm, 0, PAGE), -ENOENT);
+	ck_assert_uint_eq(lines, ++n);
+	is(kage_vcpu_create(vm, KAGE_CFG(kage_vcpu_config, .abi = 7), &v), -ENOEXEC);
+	ck_assert_uint_eq(lines, ++n);
+	is(kage_engine_destroy(e), -EBUSY);
+	ck_assert_uint_eq(lines, ++n);
+	is(kage_vm_destroy(vm), KAGE_OK);
+	is(kage_engine_destroy(e), KAGE_OK);
+	ck_assert_uint_eq(lines, n);
+}
+END_TEST
+
 int main(void)
 {
 	const TTest *const tests[] = {
@@ -933,6 +975,7 @@ int main(void)
 	    descriptors_and_threads,
 	    close_on_exec,
 	    version,
+	    refusals_are_logged,
 	};
 	Suite *s = suite_create("api");
 	TCase *t = tcase_create("bad input");
