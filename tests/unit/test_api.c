@@ -4,6 +4,7 @@
  * comments promise them, out-parameters untouched, state unchanged, no
  * descriptor and no thread left behind. Public headers only.
  */
+#include <stdio.h>
 #include <check.h>
 #include <dirent.h>
 #include <errno.h>
@@ -917,29 +918,29 @@ static void count_line(void *opaque, int level, const char *line)
 START_TEST(refusals_are_logged)
 {
 	struct kage_engine *e;
-	struct kage_vm *vm;
+	struct kage_vm *quiet;
 	struct kage_vcpu *v;
 	unsigned n = 0;
 
 	lines = 0;
 	is(kage_engine_create(KAGE_CFG(kage_engine_config, .log = count_line), &e), KAGE_OK);
-	is(kage_vm_create(e, NULL, &vm), KAGE_OK);
-	is(kage_vm_map(vm, KAGE_CFG(kage_region, .gpa = 0, .len = 16 * PAGE)), KAGE_OK);
+	is(kage_vm_create(e, NULL, &quiet), KAGE_OK);
+	is(kage_vm_map(quiet, KAGE_CFG(kage_region, .gpa = 0, .len = 16 * PAGE)), KAGE_OK);
 	ck_assert_uint_eq(lines, 0);
-	is(kage_vm_map(vm, KAGE_CFG(kage_region, .gpa = PAGE, .len = PAGE)), -EEXIST);
+	is(kage_vm_map(quiet, KAGE_CFG(kage_region, .gpa = PAGE, .len = PAGE)), -EEXIST);
 	ck_assert_uint_eq(lines, ++n);
 	ck_assert_ptr_nonnull(strstr(last_line, "kage_vm_map: gpa 0x1000 len 0x1000"));
-	is(kage_vm_unmap(vm, 1, PAGE), -EINVAL);
+	is(kage_vm_unmap(quiet, 1, PAGE), -EINVAL);
 	ck_assert_uint_eq(lines, ++n);
-	is(kage_vm_protect(vm, 100 * PAGE, PAGE, KAGE_READ), -ENOENT);
+	is(kage_vm_protect(quiet, 100 * PAGE, PAGE, KAGE_READ), -ENOENT);
 	ck_assert_uint_eq(lines, ++n);
-	is(kage_vm_unpin(vm, 0, PAGE), -ENOENT);
+	is(kage_vm_unpin(quiet, 0, PAGE), -ENOENT);
 	ck_assert_uint_eq(lines, ++n);
-	is(kage_vcpu_create(vm, KAGE_CFG(kage_vcpu_config, .abi = 7), &v), -ENOEXEC);
+	is(kage_vcpu_create(quiet, KAGE_CFG(kage_vcpu_config, .abi = 7), &v), -ENOEXEC);
 	ck_assert_uint_eq(lines, ++n);
 	is(kage_engine_destroy(e), -EBUSY);
 	ck_assert_uint_eq(lines, ++n);
-	is(kage_vm_destroy(vm), KAGE_OK);
+	is(kage_vm_destroy(quiet), KAGE_OK);
 	is(kage_engine_destroy(e), KAGE_OK);
 	ck_assert_uint_eq(lines, n);
 }
