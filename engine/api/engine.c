@@ -58,10 +58,10 @@ int api_result(struct kage_engine *e, const char *call, uint64_t gpa, uint64_t l
 	if (likely(r >= 0) || !e || !e->env.log)
 		return r;
 	if (len)
-		env_log(&e->env, KAGE_LOG_ERROR, "%s: gpa %#llx len %#llx: %s", call, (unsigned long long)gpa,
+		env_log(&e->env, KAGE_LOG_WARN, "%s: gpa %#llx len %#llx: %s", call, (unsigned long long)gpa,
 			(unsigned long long)len, strerror_r(-r, text, sizeof(text)));
 	else
-		env_log(&e->env, KAGE_LOG_ERROR, "%s: %s", call, strerror_r(-r, text, sizeof(text)));
+		env_log(&e->env, KAGE_LOG_WARN, "%s: %s", call, strerror_r(-r, text, sizeof(text)));
 	return r;
 }
 

@@ -254,7 +254,8 @@ static void check_stable(struct stable *s, void *arg)
 
 	CHECK(cs, frame_kind(pfn_frame(cs->h->pool, s->pfn)) == FRAME_STABLE, "stable %#lx: kind %d", (long)s->pfn.v,
 	      frame_kind(pfn_frame(cs->h->pool, s->pfn)));
-	CHECK(cs, tally_read(cs, s->pfn, TALLY_FRAME) > 0, "stable %#lx: nothing maps it", (long)s->pfn.v);
+	CHECK(cs, tally_read(cs, s->pfn, TALLY_FRAME) > 0, "stable %#lx: nothing maps it, refs %u", (long)s->pfn.v,
+	      atomic_load(&pfn_frame(cs->h->pool, s->pfn)->refs));
 	CHECK(cs, frame_stable(cs->h->pool, s->pfn) == s, "stable %#lx: chain and frame disagree", (long)s->pfn.v);
 }
 

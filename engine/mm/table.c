@@ -548,31 +548,60 @@ static bool table_empty(const entry_t *t)
 	return true;
 }
 
+/*
+ * Empties one slot. The entry is read under the lock: merging, which holds
+ * neither mm->range nor waits for overlapping changes, may have redirected it
+ * since anybody looked.
+ */
+static void zap_slot(struct mm *mm, entry_t *slot, unsigned level, gfn_t gfn, struct dead *dead)
+{
+	struct table_locked w = table_lock(mm->family, level, gfn);
+	entry_t e = entry_load(slot);
+	bool last;
+
+	entry_store(slot, ENTRY_NONE);
+	last = child_drop(mm->family, e, level, gfn, dead);
+	table_unlock(w);
+	if (last)
+		table_free(mm->family, entry_pfn(e), level - 1, gfn, dead);
+}
+
+/* The leaf entries of a range within one table: one lock for all. */
+static void zap_leaves(struct mm *mm, entry_t *t, gfn_t start, gfn_t end, struct dead *dead)
+{
+	struct table_locked w = table_lock(mm->family, 0, start);
+
+	for (; start.v < end.v; start.v++) {
+		entry_t *slot = &t[level_index(start, 0)];
+		entry_t e = entry_load(slot);
+
+		if (entry_is_none(e))
+			continue;
+		entry_store(slot, ENTRY_NONE);
+		child_drop(mm->family, e, 0, start, dead);
+	}
+	table_unlock(w);
+}
+
 /* Zaps [start, end) within the range of one table of `level`, which is exclusive. True: it is empty now. */
 static bool zap_table(struct mm *mm, pfn_t table, unsigned level, gfn_t start, gfn_t end, struct dead *dead)
 {
 	entry_t *t = table_entries(mm->host->pool, table);
 	uint64_t step = level_pages(level);
 
-	while (start.v < end.v) {
-		gfn_t next = GFN(MIN(ALIGN_DOWN(start.v, step) + step, end.v));
+	if (level == 0)
+		zap_leaves(mm, t, start, end, dead);
+	while (level > 0 && start.v < end.v) {
+		gfn_t first = GFN(ALIGN_DOWN(start.v, step));
+		gfn_t next = GFN(MIN(first.v + step, end.v));
 		entry_t *slot = &t[level_index(start, level)];
 		entry_t e = entry_load(slot);
-		gfn_t first = GFN(ALIGN_DOWN(start.v, step));
 		bool whole = next.v - start.v == step;
 
 		if (entry_is_table(e) && !whole)
 			whole = zap_table(mm, entry_pfn(e), level - 1, start, next, dead);
-		if (whole && !entry_is_none(e)) {
-			struct table_locked w = table_lock(mm->family, level, first);
-			bool last;
-
-			entry_store(slot, ENTRY_NONE);
-			last = child_drop(mm->family, e, level, first, dead);
-			table_unlock(w);
-			if (last)
-				table_free(mm->family, entry_pfn(e), level - 1, first, dead);
-		}
+		if (whole && !entry_is_none(e))
+			zap_slot(mm, slot, level, first, dead);
 		start = next;
 	}
 	return table_empty(t);

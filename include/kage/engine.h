@@ -46,7 +46,7 @@ struct kage_engine_config {
 	/** Milliseconds to wait for a vCPU to leave its window of use. 0: 10,000. */
 	uint32_t window_timeout_ms;
 	uint32_t reserved;
-	/** Called with one line (no newline): refused calls, corruption found. From any thread that is in the library. */
+	/** Called with one line (no newline): WARN a refused call, ERROR a violated invariant. From any thread that is in the library. */
 	void (*log)(void *opaque, int level, const char *line);
 	void *log_opaque;
 	/** NULL members: malloc. */
@@ -110,7 +110,6 @@ KAGE_API int kage_engine_step(struct kage_engine *engine, const struct kage_budg
 enum kage_tune_flags {
 	/** Merging runs in steps (default: off, as KSM's `run`). */
 	KAGE_TUNE_MERGE = 1u << 0,
-	/** Equal zero pages go to the zero frame (default on with merging; see kage_tune.zero_pages). */
 };
 
 /** Settings that may change while the engine runs. All fields are taken as they are. */
