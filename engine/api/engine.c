@@ -148,9 +148,8 @@ int kage_engine_destroy(struct kage_engine *e)
 	if (atomic_load(&e->guests))
 		return api_result(e, __func__, 0, 0, -EBUSY);
 	merge_finish(&e->merge);
-	defer_run(&e->env.defer);
-	pool_reap(e->pool);
-	defer_run(&e->env.defer);
+	while (pool_reap(e->pool) + defer_run(&e->env.defer)) /* a freed extent's sections leave after another grace period */
+		;
 	host_finish(&e->host);
 	if (pool_destroy(e->pool))
 		env_corrupt(&e->env, "frames were left when the engine was destroyed");

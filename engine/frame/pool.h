@@ -64,7 +64,8 @@ struct section {
 	struct pool_domain *domain;
 	uint64_t used; /* extents: bit i: block i belongs to one. Arena: block i is not free as a whole */
 	uint64_t hole; /* arena: block i has no memory (then it is free) */
-	struct list node; /* of the domain: sections with room, or the arena's by index */
+	struct list node; /* of the domain: sections with room, or the arena's by index; or of a run that leaves */
+	struct defer_node defer; /* of the first of a run that leaves */
 };
 
 enum extent_kind { EXTENT_HOME, EXTENT_DEVICE };

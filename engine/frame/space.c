@@ -9,7 +9,8 @@
  * on the domain's partial list.
  *
  * Invariants:
- *  1. bit i of `taken` <=> sections[i] is not NULL <=> the section is shown.
+ *  1. bit i of `taken` <=> the section is shown; sections[i] is not NULL, unless it leaves: readers that
+ *     found it by pfn get a grace period before it is hidden.
  *     Section 0 holds the zero frame and belongs to nobody.
  *  2. a section is on a partial list <=> it is shared and used != ~0.
  *  3. no section below taken_hint is free.
@@ -126,30 +127,58 @@ int space_take(struct pool *pool, struct pool_domain *d, uint64_t n, unsigned al
 	return 0;
 }
 
+/* Readers that found the run by pfn alone (candidates of merging) have left it: now it may be hidden. */
+static void space_leave(struct defer_node *node, void *arg)
+{
+	struct section *head = container_of(node, struct section, defer);
+	struct pool *pool = arg;
+	struct pool_private *p = pool->priv;
+	uint64_t first = head->index, n = 1;
+	bool hidden;
+
+	list_for_each(l, &head->node)
+		n++;
+	lock_take(&p->lock);
+	hidden = host_hide(pool, first, n);
+	if (hidden) {
+		mark_taken(p, first, n, false);
+	} else {
+		p->active += n;
+		p->stuck += n;
+		list_for_each(l, &head->node) {
+			struct section *s = container_of(l, struct section, node);
+
+			store_release(&pool->sections[s->index], s);
+		}
+		store_release(&pool->sections[first], head);
+	}
+	lock_drop(&p->lock);
+	if (!hidden) {
+		env_log(pool->env, KAGE_LOG_WARN, "the host refuses to unmap %llu sections",
+			(unsigned long long)n);
+		return;
+	}
+	free_sections(pool, &head->node);
+	env_free(pool->env, head, sizeof(*head));
+}
+
 void space_give(struct pool *pool, uint64_t first, uint64_t n)
 {
-	struct pool_private *p = pool->priv;
-	bool hidden = host_hide(pool, first, n);
+	struct section *head = pool->sections[first];
 
+	list_init(&head->node);
 	for (uint64_t i = first; i < first + n; i++) {
 		struct section *s = pool->sections[i];
 
 		s->arena = NULL;
 		s->users = 0;
 		s->used = ~(uint64_t)0;
-		if (!hidden)
-			continue;
 		store_release(&pool->sections[i], NULL);
-		env_free(pool->env, s, sizeof(*s));
+		if (s != head)
+			list_add_tail(&head->node, &s->node);
 	}
-	if (!hidden) {
-		p->stuck += n;
-		env_log(pool->env, KAGE_LOG_WARN, "the host refuses to unmap %llu sections",
-			(unsigned long long)n);
-		return;
-	}
-	mark_taken(p, first, n, false);
-	p->active -= n;
+	pool->priv->active -= n;
+	defer_add(&pool->env->defer, &head->defer, space_leave, pool);
 }
 
 /* Lowest position of n free neighbours, or -1. */

@@ -112,6 +112,7 @@ int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t *scanned
  * raced, or a pin is in the way; -ENOMEM, -ETIMEDOUT. The families of both are
  * held for reading.
  */
-int merge_frames(struct merge *m, pfn_t from, pfn_t into, struct stable *s, uint64_t hash, uint32_t domain);
+int merge_frames(struct merge *m, struct family *from_family, pfn_t from, struct family *into_family, pfn_t into,
+		 struct stable *s, uint64_t hash, uint32_t domain);
 
 #endif

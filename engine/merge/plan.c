@@ -132,9 +132,8 @@ static int places_find(struct host *h, struct side *s)
 		s->gfn = where_index(where);
 	}
 	rcu_leave();
-	if (!l)
-		return -EAGAIN; /* freed since */
-	s->family = l->family;
+	if (!l || l->family != s->family)
+		return -EAGAIN; /* freed since, and perhaps handed out to a family that we do not hold */
 	return layer_each_mm(l, place_of_mm, s);
 }
 
@@ -264,10 +263,29 @@ static bool side_holds(struct plan *p, const struct side *s)
 	       !frame_in_block(p->h, s->pfn);
 }
 
+/* Everybody who maps it lets it be merged. */
+static bool side_mergeable(const struct side *s)
+{
+	bool mergeable = true;
+
+	rcu_enter();
+	for (unsigned i = 0; mergeable && i < s->count; i++) {
+		const struct region *r = mm_region(s->place[i].mm, s->gfn);
+
+		mergeable = r && r->flags & KAGE_REGION_MERGEABLE;
+	}
+	rcu_leave();
+	return mergeable;
+}
+
 static int plan_recheck(struct change *c)
 {
 	struct plan *p = container_of(c, struct plan, c);
 
+	if (!side_mergeable(&p->from))
+		return -EAGAIN;
+	if (p->fresh && !side_mergeable(&p->into))
+		return -EILSEQ;
 	if (!side_holds(p, &p->from) || (p->fresh && !side_holds(p, &p->into)))
 		return -EAGAIN;
 	return 0;
@@ -324,13 +342,15 @@ static const struct change_ops plan_ops = {
 	.commit = plan_commit, .unlock = plan_unlock, .cancel = plan_cancel,
 };
 
-int merge_frames(struct merge *m, pfn_t from, pfn_t into, struct stable *s, uint64_t hash, uint32_t domain)
+int merge_frames(struct merge *m, struct family *from_family, pfn_t from, struct family *into_family, pfn_t into,
+		 struct stable *s, uint64_t hash, uint32_t domain)
 {
 	struct host *h = m->host;
 	struct plan p = {
 		.c = { .ops = &plan_ops, .reason = KAGE_REASON_CLEAR,
 		       .flags = KAGE_RANGE_SAME_CONTENT | KAGE_RANGE_OPTIONAL },
-		.h = h, .from = { .pfn = from }, .into = { .pfn = into }, .stable = s, .hash = hash, .domain = domain,
+		.h = h, .from = { .pfn = from, .family = from_family },
+		.into = { .pfn = into, .family = into_family }, .stable = s, .hash = hash, .domain = domain,
 	};
 	bool zero = pfn_is_zero(into);
 	int r = change_run(&p.c);

@@ -185,7 +185,7 @@ static int merge_pair(struct merge *m, struct mm *mm, pfn_t pfn, struct candidat
 			cpu_relax();
 		locked = true;
 	}
-	r = merge_frames(m, pfn, c->pfn, NULL, c->hash, c->domain);
+	r = merge_frames(m, mm->family, pfn, other, c->pfn, NULL, c->hash, c->domain);
 	if (locked)
 		brlock_read_drop(&other->lock, held);
 	return r;
@@ -218,7 +218,7 @@ static int merge_stable(struct merge *m, struct mm *mm, pfn_t pfn, uint64_t hash
 		}
 		if (s->count > 2 * (uint64_t)refs + 8)
 			stable_prune(h, s, pair_keeps);
-		r = merge_frames(m, pfn, s->pfn, s, hash, mm->domain);
+		r = merge_frames(m, mm->family, pfn, NULL, s->pfn, s, hash, mm->domain);
 		if (r)
 			stable_put(h, s);
 		if (r != -EILSEQ)
@@ -247,14 +247,15 @@ static bool pair_keeps(struct host *h, uint64_t where, pfn_t pfn)
 	return keep;
 }
 
-static int merge_unstable(struct merge *m, struct mm *mm, pfn_t pfn, uint64_t hash)
+static int merge_unstable(struct merge *m, struct mm *mm, gfn_t gfn, pfn_t pfn, uint64_t hash)
 {
 	struct pool *pool = m->host->pool;
 	struct candidate *c;
+	struct mm_lookup l;
+	int r = SCAN_LATER;
 
 	while ((c = candidates_find(&m->candidates, mm->domain, hash, pfn))) {
-		int r = merge_pair(m, mm, pfn, c);
-
+		r = merge_pair(m, mm, pfn, c);
 		if (r == -EAGAIN && contents_differ(m->host, pfn, c->pfn))
 			r = -EILSEQ; /* freed or written since it was hashed */
 		if (r == 0 || r == -EILSEQ)
@@ -262,22 +263,31 @@ static int merge_unstable(struct merge *m, struct mm *mm, pfn_t pfn, uint64_t ha
 		if (r != -EILSEQ)
 			return scan_of(r);
 	}
-	return candidates_add(&m->candidates, pool, mm->domain, hash, pfn) ? -ENOMEM : SCAN_UNIQUE;
+	/* Only a frame that is still mapped gets the mark. */
+	rcu_enter();
+	l = mm_lookup(mm, gfn);
+	r = SCAN_LATER;
+	if (entry_is_leaf(l.entry) && pfn_eq(l.pfn, pfn))
+		r = candidates_add(&m->candidates, pool, mm->domain, hash, pfn) ? -ENOMEM : SCAN_UNIQUE;
+	rcu_leave();
+	return r;
 }
 
-/* A quiet page with its frame. */
-static int merge_page(struct merge *m, struct mm *mm, pfn_t pfn)
-{
-	const void *page = pfn_hva(m->host->pool, pfn);
+/* A quiet page, as it was in the read section in which it was looked up. */
+struct quiet {
+	pfn_t pfn;
+	bool zero;
 	uint64_t hash;
+};
+
+static int merge_page(struct merge *m, struct mm *mm, gfn_t gfn, const struct quiet *q)
+{
 	int r;
 
-	atomic_fetch_add_explicit(&m->scanned, 1, memory_order_relaxed);
-	if (!m->no_zero && is_zero(page))
-		return scan_of(merge_frames(m, pfn, PFN_ZERO, NULL, 0, mm->domain));
-	hash = page_hash(m, mm->domain, page);
-	r = merge_stable(m, mm, pfn, hash);
-	return r == SCAN_NO_STABLE ? merge_unstable(m, mm, pfn, hash) : r;
+	if (q->zero)
+		return scan_of(merge_frames(m, mm->family, q->pfn, NULL, PFN_ZERO, NULL, 0, mm->domain));
+	r = merge_stable(m, mm, q->pfn, q->hash);
+	return r == SCAN_NO_STABLE ? merge_unstable(m, mm, gfn, q->pfn, q->hash) : r;
 }
 
 /* -- a batch ---------------------------------------------------------------------------------- */
@@ -314,18 +324,20 @@ static bool known(struct merge *m, pfn_t pfn)
 	return false;
 }
 
-static int scan_page(struct merge *m, struct merge_mm *g, struct populated *pop, gfn_t gfn)
+#define SCAN_LOOKED 100
+
+/* Inside a read section: nothing else keeps the frame, or its metadata. */
+static int page_look(struct merge *m, struct merge_mm *g, struct populated *pop, gfn_t gfn, struct quiet *q)
 {
 	const struct region *reg;
 	struct mm_lookup l;
 	enum frame_kind kind;
 	bool mergeable;
+	const void *page;
 
-	rcu_enter();
 	reg = mm_region(g->mm, gfn);
 	l = mm_lookup(g->mm, gfn);
 	mergeable = reg && reg->flags & KAGE_REGION_MERGEABLE;
-	rcu_leave();
 	if (!mergeable || !entry_is_leaf(l.entry) || l.entry & ENTRY_SPECIAL)
 		return SCAN_NOTHING;
 	kind = frame_kind(pfn_frame(m->host->pool, l.pfn));
@@ -335,7 +347,27 @@ static int scan_page(struct merge *m, struct merge_mm *g, struct populated *pop,
 		g->skipped++;
 		return SCAN_LATER;
 	}
-	return is_populated(m, pop, l.pfn) ? merge_page(m, g->mm, l.pfn) : SCAN_NOTHING;
+	if (!is_populated(m, pop, l.pfn))
+		return SCAN_NOTHING;
+	page = pfn_hva(m->host->pool, l.pfn);
+	q->pfn = l.pfn;
+	q->zero = !m->no_zero && is_zero(page);
+	q->hash = q->zero ? 0 : page_hash(m, g->mm->domain, page);
+	return SCAN_LOOKED;
+}
+
+static int scan_page(struct merge *m, struct merge_mm *g, struct populated *pop, gfn_t gfn)
+{
+	struct quiet q;
+	int r;
+
+	rcu_enter();
+	r = page_look(m, g, pop, gfn, &q);
+	rcu_leave();
+	if (r != SCAN_LOOKED)
+		return r;
+	atomic_fetch_add_explicit(&m->scanned, 1, memory_order_relaxed);
+	return merge_page(m, g->mm, gfn, &q);
 }
 
 /* Pages that were written: what merging knew of their frames is old. */

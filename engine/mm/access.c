@@ -55,7 +55,21 @@ static int read_untouched(struct mm *mm, const struct region *reg, gfn_t gfn, si
 	return KAGE_OK;
 }
 
-/* One page; KAGE_RETRY: it has to be faulted in first. */
+/*
+ * The grace period keeps the frame, but not its contents: once our entry has let
+ * go of it (COW break, discard) another guest may find it exclusive and write.
+ */
+static int read_frame(struct mm *mm, gfn_t gfn, const struct mm_lookup *l, size_t offset, void *buf, size_t len)
+{
+	struct mm_lookup now;
+
+	mm_copy_page(mm, l, offset, buf, len);
+	atomic_thread_fence(memory_order_acquire);
+	now = mm_lookup(mm, gfn);
+	return entry_is_leaf(now.entry) && pfn_eq(now.pfn, l->pfn) ? KAGE_OK : KAGE_RETRY;
+}
+
+/* One page; KAGE_RETRY: look again, it may have to be faulted in first. */
 static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t len)
 {
 	const struct region *reg;
@@ -68,7 +82,7 @@ static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t 
 	if (!reg || !(reg->prot & KAGE_READ))
 		r = KAGE_MMIO;
 	else if (entry_is_leaf(l.entry))
-		mm_copy_page(mm, &l, offset, buf, len);
+		r = read_frame(mm, gfn, &l, offset, buf, len);
 	else if (!entry_is_none(l.entry) || (reg->flags & KAGE_REGION_TRAP && reg->touch))
 		r = KAGE_RETRY;
 	else

@@ -64,7 +64,7 @@ static int copy_one(struct clone *k, gfn_t gfn)
 
 	for (;;) {
 		r = table_own(child, gfn, 0, false, &c);
-		if (r || !entry_is_leaf(c.entry))
+		if (r || !entry_is_leaf(c.entry) || c.entry & ENTRY_SPECIAL) /* pinned FOREIGN memory stays its owner's */
 			return r;
 		if (c.level == 0)
 			break;

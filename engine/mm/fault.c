@@ -401,7 +401,7 @@ int mm_fault_held(struct mm *mm, struct mm_fault *f, struct brlock_held held)
 	} else {
 		do
 			r = fault_once(mm, f, reg);
-		while (r == FAULT_AGAIN);
+		while (r == FAULT_AGAIN || (r == -ENOMEM && pool_reap(mm->host->pool) > 0));
 	}
 	trace(mm->host->env, fault_done, mm->id, f->gfn.v, r);
 	return r;

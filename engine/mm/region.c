@@ -369,17 +369,17 @@ int mm_unmap(struct mm *mm, gfn_t start, uint64_t npages)
 	regions_cut(set, start);
 	regions_cut(set, end);
 	for (unsigned i = 0; i < set->count; i++) {
-		if (set->r[i].start.v >= start.v && set->r[i].start.v < end.v)
+		if (set->r[i].start.v >= start.v && set->r[i].start.v < end.v) {
+			mm_mark_changed(mm, set->r[i].start, set->r[i].npages);
 			region_put(&set->r[i]);
-		else
+		} else {
 			set->r[n++] = set->r[i];
+		}
 	}
 	set->count = n;
 	r = zap_run(mm, start, end, KAGE_REASON_UNMAP, set);
-	if (r == 0) {
-		mm_mark_changed(mm, start, npages);
+	if (r == 0)
 		trace(mm->host->env, unmap, mm->id, start.v, npages);
-	}
 	brlock_write_drop(&mm->range);
 	return r;
 }
@@ -509,11 +509,15 @@ static int mm_unmerge(struct mm *mm, gfn_t start, gfn_t end)
 		bool merged;
 		int r;
 
+		/* after a merge that still saw the old regions, or before one that sees the new */
+		struct table_locked w = table_lock(mm->family, 0, start);
+
 		rcu_enter();
 		l = mm_lookup(mm, start);
 		merged = entry_is_leaf(l.entry) && l.level == 0 &&
 			 (pfn_is_zero(l.pfn) || frame_kind(pfn_frame(mm->host->pool, l.pfn)) == FRAME_STABLE);
 		rcu_leave();
+		table_unlock(w);
 		if (!merged) {
 			start = entry_is_table(l.entry) || l.level == 0 ?
 					gfn_add(start, 1) :

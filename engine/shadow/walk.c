@@ -120,13 +120,19 @@ static int read_entry(void *arg, uint64_t gpa, unsigned bytes, uint64_t *entry)
 		return -EFAULT;
 	for (;;) {
 		const uint64_t *table;
+		bool same;
 		int r;
 
 		rcu_enter();
 		table = table_map(cpu->shadow, gfn);
 		if (table)
 			*entry = READ_ONCE(table[gpa_offset(GPA(gpa)) / bytes]);
+		/* a frame that our entry has let go of may be another guest's by now: it must still be there after the load */
+		atomic_thread_fence(memory_order_acquire);
+		same = table == table_map(cpu->shadow, gfn);
 		rcu_leave();
+		if (!same)
+			continue;
 		if (table)
 			return 0;
 		r = table_fault(cpu, gfn, KAGE_READ);
