@@ -124,6 +124,7 @@ int kage_engine_create(const struct kage_engine_config *config, struct kage_engi
 	r = merge_init(&e->merge, &e->host, c.seed);
 	if (r)
 		goto finish_host;
+	brlock_init(&e->upkeep, RANK_UPKEEP, 0);
 	*out = e;
 	return KAGE_OK;
 finish_host:
@@ -183,23 +184,29 @@ void engine_due(struct kage_engine *e)
 void engine_settle(struct kage_engine *e)
 {
 	if (pool_reap_due(e->pool) || atomic_load(&e->env.defer.pending) > DEFER_DUE) {
+		struct brlock_held held = brlock_read(&e->upkeep);
+
 		pool_reap(e->pool);
 		defer_run(&e->env.defer);
+		brlock_read_drop(&e->upkeep, held);
 	}
 	engine_due(e);
 }
 
 static int step_work(struct kage_engine *e, const struct kage_budget *b, struct kage_progress *p)
 {
+	struct brlock_held held;
 	bool more = false;
 	int r = merge_step(&e->merge, b->pages, b->usec, &p->pages_scanned, &p->pages_merged, &more);
 
+	held = brlock_read(&e->upkeep);
 	p->more = more;
 	p->frames_freed = pool_reap(e->pool);
 	defer_run(&e->env.defer);
 	p->passes = atomic_load(&e->merge.passes);
 	if (r == 0)
 		r = pool_refill(e->pool);
+	brlock_read_drop(&e->upkeep, held);
 	return r;
 }
 
@@ -299,7 +306,9 @@ int kage_engine_audit(struct kage_engine *e, struct kage_audit *audit)
 	if (r)
 		return r;
 	lock_take(&e->merge.lock);
+	brlock_write(&e->upkeep);
 	r = host_audit(&e->host, &a, audit_shadow);
+	brlock_write_drop(&e->upkeep);
 	lock_drop(&e->merge.lock);
 	if (r)
 		return r;

@@ -14,6 +14,7 @@ struct kage_engine {
 	struct pool *pool;
 	struct host host;
 	struct merge merge;
+	struct brlock upkeep; /* read: frames are being reaped, the reserve refilled; write: the audit counts them */
 	int event; /* eventfd: a step is due */
 	_Atomic bool due; /* it has been told since the last step began */
 	_Atomic uint64_t guests;

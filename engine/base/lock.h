@@ -21,6 +21,7 @@
 enum lock_rank {
 	RANK_NONE = 0,   /* not checked */
 	RANK_MERGE,      /* merging: one step at a time */
+	RANK_UPKEEP,     /* brlock: read around reaping and refilling, written by the audit */
 	RANK_ENGINE,     /* list of guests and families */
 	RANK_FAMILY,     /* brlock of a clone family; sub: family id */
 	RANK_MM_RANGE,   /* brlock of an mm; sub: mm id */

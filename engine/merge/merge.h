@@ -78,7 +78,8 @@ struct merge_mm {
 struct merge {
 	struct host *host;
 	struct lock lock;
-	bool on, no_zero;
+	_Atomic bool on; /* read without the lock by who asks whether a step is due */
+	bool no_zero;
 	uint32_t max_sharing;
 	uint64_t salt;
 	struct candidates candidates;
