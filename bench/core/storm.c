@@ -103,7 +103,7 @@ void bench_storm(const struct bench *b)
 {
 	struct storm s = {.faults = (uint64_t)1 << (20 - b->shift)};
 	struct series count = {0}, busy = {0}, quiet = {0};
-	uint64_t retried = 0, changes = 0, faults = 0;
+	uint64_t claimed = 0, changes = 0, faults = 0;
 	struct kage_stats stats;
 	struct row row = {.suite = "notify", .name = "spurious-storm", .unit = "count", .goal = GOAL_MOST};
 	bool ok = true;
@@ -111,9 +111,10 @@ void bench_storm(const struct bench *b)
 	for (unsigned i = 0; i < b->reps; i++) {
 		series_add(&quiet, storm_run(&s, false, &stats));
 		series_add(&busy, storm_run(&s, true, &stats));
-		series_add(&count, (double)stats.retries_spurious);
-		row.value += (double)stats.retries_spurious;
-		retried += stats.faults_retried;
+		/* nothing overlaps: whatever retried did so for nothing, whatever the engine's own counter says */
+		series_add(&count, (double)stats.faults_retried);
+		row.value += (double)stats.faults_retried;
+		claimed += stats.retries_spurious;
 		faults += s.faults;
 		changes += s.changes;
 		ok &= s.ok && s.changes >= 100;
@@ -121,8 +122,8 @@ void bench_storm(const struct bench *b)
 	row.spread = series_spread(&count);
 	row.isvoid = !ok;
 	row_note(&row,
-		 "spurious retries in all repetitions: %llu faults, %llu changes elsewhere, %llu retried",
-		 (unsigned long long)faults, (unsigned long long)changes, (unsigned long long)retried);
+		 "spurious retries in all repetitions: %llu faults, %llu changes elsewhere; the engine's own counter says %llu",
+		 (unsigned long long)faults, (unsigned long long)changes, (unsigned long long)claimed);
 	report_row(&row);
 	row = (struct row){
 	    .suite = "notify",

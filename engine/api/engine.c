@@ -89,6 +89,11 @@ static int engine_config(struct kage_engine_config *c, const struct kage_engine_
 	return 0;
 }
 
+static void due(void *arg)
+{
+	engine_due(arg);
+}
+
 int kage_engine_create(const struct kage_engine_config *config, struct kage_engine **out)
 {
 	struct kage_engine_config c;
@@ -125,6 +130,8 @@ int kage_engine_create(const struct kage_engine_config *config, struct kage_engi
 	if (r)
 		goto finish_host;
 	brlock_init(&e->upkeep, RANK_UPKEEP, 0);
+	e->env.due = due;
+	e->env.due_arg = e;
 	*out = e;
 	return KAGE_OK;
 finish_host:
@@ -173,9 +180,7 @@ void engine_due(struct kage_engine *e)
 	uint64_t one = 1;
 	ssize_t n;
 
-	if (!pool_pending(e->pool) && !e->merge.on && !atomic_load(&e->env.defer.pending))
-		return;
-	if (atomic_exchange(&e->due, true))
+	if (atomic_load(&e->due) || atomic_exchange(&e->due, true))
 		return;
 	n = write(e->event, &one, sizeof(one)); /* EAGAIN: it is readable already */
 	(void)n;
@@ -190,7 +195,8 @@ void engine_settle(struct kage_engine *e)
 		defer_run(&e->env.defer);
 		brlock_read_drop(&e->upkeep, held);
 	}
-	engine_due(e);
+	if (pool_pending(e->pool) || atomic_load(&e->merge.on) || atomic_load(&e->env.defer.pending))
+		engine_due(e);
 }
 
 static int step_work(struct kage_engine *e, const struct kage_budget *b, struct kage_progress *p)
@@ -241,7 +247,7 @@ int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, st
 	(void)n;
 	atomic_store(&e->due, false); /* after the read: what was told before it, this step does */
 	r = step_work(e, &b, &p);
-	if (p.more)
+	if (p.more || (atomic_load(&e->merge.on) && merge_waiting(&e->merge)))
 		engine_due(e);
 	if (r == 0 && progress) {
 		p.size = progress->size;

@@ -19,6 +19,8 @@ struct env {
 	void *log_opaque;
 	struct defer_queue defer;
 	unsigned window_timeout_ms;
+	void (*due)(void *arg); /* a step has something to do; NULL: nobody asks */
+	void *due_arg;
 	struct trace_ring *trace; /* NULL: events are only probes */
 	_Atomic uint64_t corruptions;
 };
@@ -26,6 +28,13 @@ struct env {
 void env_init(struct env *env, const struct kage_engine_config *config);
 /* Runs what is still deferred. No reader may be left. */
 void env_finish(struct env *env);
+
+/* Work for the next step has come up. Any context; cheap when it has been told already. */
+static inline void env_due(struct env *env)
+{
+	if (env->due)
+		env->due(env->due_arg);
+}
 
 /* Zeroed, 64-byte aligned. NULL when the embedder's allocator says so. */
 void *env_alloc(struct env *env, size_t bytes);

@@ -59,6 +59,8 @@ static pfn_t mag_get(struct arena *a)
 	if (likely(pfn))
 		return PFN(pfn);
 	n = buddy_get_batch(a, batch, MAG_BATCH);
+	if (READ_ONCE(a->free) < a->domain->pool->priv->reserve / 2)
+		env_due(a->domain->pool->env);
 	if (n == 0)
 		return PFN_NONE;
 	mag_stock(a, batch, n - 1);

@@ -93,10 +93,17 @@ struct merge {
 	_Atomic uint64_t passes, scanned;
 	_Atomic uint64_t volatiles, skipped; /* of the last pass */
 	_Atomic uint64_t volatiles_pass, skipped_pass;
+	uint64_t waiting_pass;    /* pages that this pass leaves for the next */
+	_Atomic uint64_t waiting; /* that the last one left */
 };
 
 int merge_init(struct merge *m, struct host *h, uint64_t salt);
 void merge_finish(struct merge *m);
+/* The last pass left pages for the next one. */
+static inline bool merge_waiting(const struct merge *m)
+{
+	return READ_ONCE(m->waiting) != 0;
+}
 void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing);
 /* The guest is about to be destroyed: steps pass it over from now on. */
 void merge_forget(struct merge *m, struct mm *mm);

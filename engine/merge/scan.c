@@ -408,6 +408,7 @@ static int chunk_begin(struct merge *m, struct merge_mm *g)
 		g->volatiles += __builtin_popcountll(dirty & c->pending[w]);
 		m->todo[w] = (c->pending[w] | c->later[w]) & ~dirty;
 		c->pending[w] = dirty;
+		m->waiting_pass += __builtin_popcountll(dirty);
 		c->later[w] = 0;
 	}
 	m->chunk_open = true;
@@ -437,6 +438,7 @@ static int64_t chunk_batch(struct merge *m, struct merge_mm *g, uint64_t limit, 
 			*todo &= *todo - 1;
 			spent++;
 			*merged += r == SCAN_MERGED;
+			m->waiting_pass += r == SCAN_LATER;
 			if (r == SCAN_LATER)
 				c->later[m->next_word] |= (uint64_t)1 << (gfn.v % 64);
 		}
@@ -493,6 +495,8 @@ static void pass_done(struct merge *m)
 	atomic_store(&m->volatiles, atomic_exchange(&m->volatiles_pass, 0));
 	atomic_store(&m->skipped, atomic_exchange(&m->skipped_pass, 0));
 	atomic_fetch_add(&m->passes, 1);
+	atomic_store(&m->waiting, m->waiting_pass);
+	m->waiting_pass = 0;
 	m->mm_id = 0;
 	m->chunk = 0;
 }

@@ -153,9 +153,12 @@ static void log_mark(struct dirty_log *log, gfn_t gfn, uint64_t npages)
 static void logs_mark(struct mm *mm, uint32_t kind, gfn_t gfn, uint64_t npages)
 {
 	rcu_enter();
-	for (struct dirty_log *log = load_acquire(&mm->dirty); log; log = load_acquire(&log->next))
+	for (struct dirty_log *log = load_acquire(&mm->dirty); log; log = load_acquire(&log->next)) {
+		if (log->kind == DIRTY_MERGE && kind != KAGE_DIRTY_ACCESSED)
+			env_due(log->env);
 		if (log->kind == kind || (log->kind == DIRTY_MERGE && kind == KAGE_DIRTY_WRITTEN))
 			log_mark(log, gfn, npages);
+	}
 	rcu_leave();
 }
 

@@ -101,8 +101,9 @@ struct kage_progress {
  * which thread and how often; several threads may call at once.
  *
  * `budget` may be NULL (one whole pass), `progress` may be NULL.
- * Returns KAGE_OK, -EINVAL, -E2BIG or -ENOMEM. The calling thread must not be
- * inside a vCPU's window of use (else -EDEADLK).
+ * Returns KAGE_OK, -EINVAL, -E2BIG, -ENOMEM, -ETIMEDOUT (a vCPU did not leave
+ * its window of use). The calling thread must not be inside a vCPU's window of
+ * use (else -EDEADLK).
  */
 KAGE_API int kage_engine_step(struct kage_engine *engine, const struct kage_budget *budget,
 			      struct kage_progress *progress);

@@ -53,7 +53,7 @@ struct kage_notifier_ops {
 	int (*invalidate_range_start)(struct kage_notifier *n, const struct kage_range *range);
 	/** May be NULL. Must not call the engine. */
 	void (*invalidate_range_end)(struct kage_notifier *n, const struct kage_range *range);
-	/** Were pages of the range accessed since the last `age`? Clears the knowledge. May be NULL. */
+	/** Were pages of the range accessed since the last `age`? Clears the knowledge. May be NULL. Asked by reclaim, of a later version. */
 	bool (*age)(struct kage_notifier *n, uint64_t start, uint64_t end);
 	/** The same without clearing. May be NULL. */
 	bool (*test_young)(struct kage_notifier *n, uint64_t start, uint64_t end);
@@ -61,7 +61,7 @@ struct kage_notifier_ops {
 	void (*release)(struct kage_notifier *n);
 };
 
-/** Embedded in the listener's own struct; fields belong to the engine. */
+/** Embedded in the listener's own struct, zeroed before it is registered; fields belong to the engine. */
 struct kage_notifier {
 	const struct kage_notifier_ops *ops;
 	void *priv[6];

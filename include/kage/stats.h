@@ -90,8 +90,8 @@ enum kage_dump_what {
 enum kage_dump_format { KAGE_DUMP_TEXT = 0, KAGE_DUMP_JSON = 1 };
 
 /**
- * Writes a dump to a descriptor. Returns KAGE_OK, -EINVAL, -ENOENT (GUEST
- * without a vCPU), -ENOMEM, or the errno of write(2).
+ * Writes a dump to a descriptor. Returns KAGE_OK, -EINVAL, -ENOENT (GUEST or
+ * SHADOW of a guest that never had a vCPU), -ENOMEM, or the errno of write(2).
  */
 KAGE_API int kage_dump(struct kage_vm *vm, enum kage_dump_what what, enum kage_dump_format format, int fd);
 

@@ -63,7 +63,7 @@ struct kage_vcpu_config {
 	void *opaque;
 };
 
-/** Why an access did not happen. Filled for every result other than KAGE_OK. */
+/** Why an access did not happen. Filled for every outcome other than KAGE_OK, and for -EFAULT. */
 struct kage_fault {
 	uint64_t gva;    /**< first byte that faulted */
 	uint64_t gpa;    /**< KAGE_MMIO, KAGE_WAIT and KAGE_OK of translate: its guest physical address */
@@ -311,7 +311,7 @@ KAGE_HELPER void *kage_tlb_hva(const struct kage_tlb_entry *e, uint64_t gva)
  * Returns KAGE_OK; KAGE_GUEST_FAULT (the guest gets `vector` and `error`);
  * KAGE_MMIO (no memory answers at `gpa`; the embedder emulates the device);
  * KAGE_WAIT; -ENOMEM; -EFAULT (the frame is poisoned); -ETIMEDOUT; -EINVAL (NULL or len 0; not checked where
- * the size is a constant 1, 2, 4 or 8 and the TLB hits). An access of at
+ * the size is a constant 1, 2, 4 or 8). An access of at
  * most KAGE_PAGE_SIZE bytes transfers all or nothing; of a longer one,
  * `fault->done` bytes are transferred. `fault` may be NULL.
  */

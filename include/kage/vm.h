@@ -110,7 +110,9 @@ KAGE_API int kage_vm_unmap(struct kage_vm *vm, uint64_t gpa, uint64_t len);
 /**
  * Sets what accesses a range answers. An access that is not allowed returns
  * KAGE_MMIO, as a KVM read-only slot exits. The range must be covered by
- * regions without a hole, else -ENOENT. Other errors as kage_vm_unmap().
+ * regions without a hole, else -ENOENT. -EACCES: KAGE_WRITE on FOREIGN memory
+ * that was mapped without it. Pinned pages may be protected. Other errors as
+ * kage_vm_unmap().
  */
 KAGE_API int kage_vm_protect(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint32_t prot);
 
@@ -125,7 +127,7 @@ enum kage_advice {
  * Advises the engine about a range that regions cover without a hole.
  *
  * Returns KAGE_OK, -EINVAL, -ENOENT (a hole), -EOPNOTSUPP (the regions'
- * kind cannot do it: MERGEABLE on FOREIGN or EXTERNAL), -EBUSY (DISCARD of a
+ * kind cannot do it: MERGEABLE on FOREIGN or EXTERNAL, DISCARD on EXTERNAL), -EBUSY (DISCARD of a
  * pinned page), -ENOMEM (UNMERGEABLE and WILLNEED: what was done stays done),
  * -ETIMEDOUT, -EDEADLK as kage_vm_unmap().
  */
@@ -156,8 +158,9 @@ KAGE_API int kage_vm_read(struct kage_vm *vm, uint64_t gpa, void *buf, size_t le
  * Writes guest memory as a device would: breaks sharing, marks pages dirty,
  * tells shadow tables when a guest page table changed. Fails before the first
  * byte if some of the range is no writable memory (KAGE_MMIO). Other results:
- * as kage_vm_read(), and -ENOMEM, KAGE_WAIT after which a part may be written.
- * Any thread, but not inside a window of use.
+ * as kage_vm_read(), and -ENOMEM, -ETIMEDOUT, KAGE_WAIT after which a part may
+ * be written. Any thread, but not inside a window of use (-EDEADLK where that
+ * is in the way).
  */
 KAGE_API int kage_vm_write(struct kage_vm *vm, uint64_t gpa, const void *buf, size_t len);
 
@@ -169,7 +172,7 @@ KAGE_API int kage_vm_write(struct kage_vm *vm, uint64_t gpa, const void *buf, si
  *
  * flags must be 0. Returns KAGE_OK, KAGE_MMIO (some of the range is no
  * writable memory), KAGE_WAIT, -EINVAL, -ENOSPC (`*n` too small), -EOVERFLOW,
- * -ENOMEM. On any of these nothing is pinned. A VMM that writes through the
+ * -ENOMEM, -ETIMEDOUT, -EDEADLK. On any of these nothing is pinned. A VMM that writes through the
  * pointers says so with kage_vm_mark_dirty().
  */
 KAGE_API int kage_vm_pin(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint32_t flags,

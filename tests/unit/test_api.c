@@ -4,6 +4,7 @@
  * comments promise them, out-parameters untouched, state unchanged, no
  * descriptor and no thread left behind. Public headers only.
  */
+#include <poll.h>
 #include <stdio.h>
 #include <check.h>
 #include <dirent.h>
@@ -915,6 +916,45 @@ static void count_line(void *opaque, int level, const char *line)
 }
 
 /* Every refused call says so to the log, with the range; a call that is not refused says nothing. */
+static bool due(struct kage_engine *e)
+{
+	struct pollfd p = {.fd = kage_engine_fd(e), .events = POLLIN};
+
+	return poll(&p, 1, 0) == 1;
+}
+
+/* The descriptor says when a step has something to do, until there is nothing left. */
+START_TEST(descriptor_says_when_a_step_is_due)
+{
+	struct kage_progress p = {.size = sizeof(p)};
+	struct kage_engine *e;
+	struct kage_vm *guest;
+	uint64_t v = 1, merged = 0, steps = 0;
+
+	is(kage_engine_create(NULL, &e), KAGE_OK);
+	is(kage_vm_create(e, NULL, &guest), KAGE_OK);
+	is(kage_vm_map(guest, KAGE_CFG(kage_region, .gpa = 0, .len = 64 * PAGE,
+				       .flags = KAGE_REGION_MERGEABLE | KAGE_REGION_NOHUGE)), KAGE_OK);
+	is(kage_engine_tune(e, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE)), KAGE_OK);
+	for (unsigned round = 0; round < 2; round++) {
+		while (due(e) && steps++ < 100)
+			is(kage_engine_step(e, NULL, &p), KAGE_OK);
+		ck_assert_uint_lt(steps, 100);
+		for (unsigned i = 0; i < 64; i++)
+			is(kage_vm_write(guest, i * PAGE, &v, sizeof(v)), KAGE_OK);
+		ck_assert(due(e)); /* pages were written: somebody who polls merges them */
+	}
+	while (due(e) && steps++ < 100) {
+		is(kage_engine_step(e, NULL, &p), KAGE_OK);
+		merged += p.pages_merged;
+	}
+	ck_assert_uint_lt(steps, 100);
+	ck_assert_uint_ge(merged, 63);
+	is(kage_vm_destroy(guest), KAGE_OK);
+	is(kage_engine_destroy(e), KAGE_OK);
+}
+END_TEST
+
 START_TEST(refusals_are_logged)
 {
 	struct kage_engine *e;
@@ -977,6 +1017,7 @@ int main(void)
 	    close_on_exec,
 	    version,
 	    refusals_are_logged,
+	    descriptor_says_when_a_step_is_due,
 	};
 	Suite *s = suite_create("api");
 	TCase *t = tcase_create("bad input");
