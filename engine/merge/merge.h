@@ -73,6 +73,7 @@ struct merge_mm {
 	struct merge_chunk *chunks;
 	uint64_t volatiles, skipped;           /* pages, in this pass so far */
 	uint64_t volatiles_last, skipped_last; /* in the last whole pass */
+	uint64_t scanned, passes;              /* ever */
 };
 
 struct merge {

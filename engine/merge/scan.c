@@ -367,6 +367,7 @@ static int scan_page(struct merge *m, struct merge_mm *g, struct populated *pop,
 	if (r != SCAN_LOOKED)
 		return r;
 	atomic_fetch_add_explicit(&m->scanned, 1, memory_order_relaxed);
+	WRITE_ONCE(g->scanned, g->scanned + 1);
 	return merge_page(m, g->mm, gfn, &q);
 }
 
@@ -483,6 +484,7 @@ static void guest_done(struct merge *m, struct merge_mm *g)
 		WRITE_ONCE(g->volatiles_last, g->volatiles);
 		WRITE_ONCE(g->skipped_last, g->skipped);
 		g->volatiles = g->skipped = 0;
+		WRITE_ONCE(g->passes, g->passes + 1);
 	}
 	m->mm_id++;
 	m->chunk = 0;

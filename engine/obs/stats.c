@@ -95,6 +95,26 @@ static void add_guest_figures(struct mm *mm, struct kage_stats *out)
 	out->ksm_general_profit = (int64_t)((out->pages_shared_merge + out->pages_zero) * PAGE_SIZE);
 }
 
+/* Pages of a guest whose frame is a candidate: looked at, unique so far. */
+static uint64_t count_unshared(struct mm *mm)
+{
+	uint64_t n, unshared = 0;
+	gfn_t at;
+
+	for (unsigned i = 0; (n = region_at(mm, i, &at)) != 0; i++) {
+		for (; n; n--, at.v++) {
+			struct mm_lookup l;
+
+			rcu_enter();
+			l = mm_lookup(mm, at);
+			unshared += entry_is_leaf(l.entry) && !(l.entry & ENTRY_SPECIAL) &&
+				    candidate_alive(mm->host->pool, l.pfn);
+			rcu_leave();
+		}
+	}
+	return unshared;
+}
+
 /* mm->merge lives as long as the guest, which the caller keeps from being destroyed. */
 void obs_guest(struct mm *mm, struct kage_stats *out)
 {
@@ -104,6 +124,9 @@ void obs_guest(struct mm *mm, struct kage_stats *out)
 	if (g) {
 		out->ksm_pages_volatile = READ_ONCE(g->volatiles_last);
 		out->ksm_pages_skipped = READ_ONCE(g->skipped_last);
+		out->ksm_pages_scanned = READ_ONCE(g->scanned);
+		out->ksm_full_scans = READ_ONCE(g->passes);
+		out->ksm_pages_unshared = count_unshared(mm);
 	}
 }
 

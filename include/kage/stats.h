@@ -47,7 +47,7 @@ struct kage_stats {
 	uint64_t clones;
 	uint64_t pages_discarded;
 
-	/* merging: KSM's names */
+	/* merging: KSM's names. For a guest: sharing and zero are its pages on shared frames, shared is 0 */
 	uint64_t ksm_pages_shared;   /**< stable frames in use */
 	uint64_t ksm_pages_sharing;  /**< further entries that map them: the frames saved */
 	uint64_t ksm_pages_unshared; /**< unique at the last pass */

@@ -929,6 +929,7 @@ START_TEST(descriptor_says_when_a_step_is_due)
 	struct kage_progress p = {.size = sizeof(p)};
 	struct kage_engine *e;
 	struct kage_vm *guest;
+	struct kage_stats s = {.size = sizeof(s)};
 	uint64_t v = 1, merged = 0, steps = 0;
 
 	is(kage_engine_create(NULL, &e), KAGE_OK);
@@ -950,6 +951,15 @@ START_TEST(descriptor_says_when_a_step_is_due)
 	}
 	ck_assert_uint_lt(steps, 100);
 	ck_assert_uint_ge(merged, 63);
+	is(kage_vm_write(guest, 0, "unique", 6), KAGE_OK);
+	for (unsigned i = 0; i < 3; i++)
+		is(kage_engine_step(e, NULL, NULL), KAGE_OK);
+	is(kage_stats_get(e, guest, &s), KAGE_OK);
+	ck_assert_uint_eq(s.ksm_pages_sharing, 63);
+	ck_assert_uint_eq(s.ksm_pages_unshared, 1);
+	ck_assert_uint_ge(s.ksm_pages_scanned, 64);
+	ck_assert_uint_ge(s.ksm_full_scans, 3);
+	is(kage_engine_step(e, KAGE_CFG(kage_budget, .usec = 1), &p), KAGE_OK);
 	is(kage_vm_destroy(guest), KAGE_OK);
 	is(kage_engine_destroy(e), KAGE_OK);
 }
