@@ -438,6 +438,41 @@ START_TEST(reverse_map_visits_each_table_once)
 }
 END_TEST
 
+/* What a listener is told decides what it may keep: a break and a merge leave contents, a discard does not. */
+static struct kage_range told;
+
+static int tell(struct kage_notifier *n, const struct kage_range *range)
+{
+	told = *range;
+	return 0;
+}
+
+START_TEST(listeners_are_told_whether_contents_stay)
+{
+	static const struct kage_notifier_ops ops = { .invalidate_range_start = tell };
+	struct kage_vm *vm = guest(), *clone;
+	struct kage_notifier n = { 0 };
+
+	map(vm, 0, MIB, KAGE_REGION_NOHUGE);
+	put(vm, 4096, 1);
+	ck_assert_int_eq(kage_notifier_register(vm, &n, &ops), 0);
+	clone = cloned(vm);
+	ck_assert_uint_eq(told.reason, KAGE_REASON_PROTECT);
+	ck_assert_uint_eq(told.lost, KAGE_WRITE);
+	put(vm, 4096, 2);
+	ck_assert_uint_eq(told.reason, KAGE_REASON_CLEAR);
+	ck_assert_uint_eq(told.flags & KAGE_RANGE_SAME_CONTENT, KAGE_RANGE_SAME_CONTENT);
+	ck_assert_uint_eq(told.start, 4096);
+	ck_assert_uint_eq(told.end, 8192);
+	ck_assert_int_eq(kage_vm_advise(vm, 4096, 4096, KAGE_ADVICE_DISCARD), 0);
+	ck_assert_uint_eq(told.reason, KAGE_REASON_CLEAR);
+	ck_assert_uint_eq(told.flags & KAGE_RANGE_SAME_CONTENT, 0);
+	ck_assert_int_eq(kage_notifier_unregister(&n), 0);
+	gone(vm);
+	gone(clone);
+}
+END_TEST
+
 /* -- pins -------------------------------------------------------------------------------------------- */
 
 START_TEST(pinned_pages_stay_and_are_copied)
@@ -650,6 +685,7 @@ static void add_all(TCase *tc)
 	tcase_add_test(tc, generations_stay_apart);
 	tcase_add_test(tc, a_long_line_of_clones_keeps_few_layers);
 	tcase_add_test(tc, reverse_map_visits_each_table_once);
+	tcase_add_test(tc, listeners_are_told_whether_contents_stay);
 	tcase_add_test(tc, pinned_pages_stay_and_are_copied);
 	tcase_add_test(tc, pins_nest_up_to_their_limit);
 	tcase_add_test(tc, table_grows_with_its_regions);
