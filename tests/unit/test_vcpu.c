@@ -7,6 +7,7 @@
 #include "guest_tables.h"
 
 #include <errno.h>
+#include <sys/uio.h>
 
 static struct guest g;
 
@@ -616,6 +617,8 @@ END_TEST
 
 static unsigned written_calls;
 static uint64_t written_gpa;
+static const uint64_t *watched; /* guest memory that the callback looks at */
+static uint64_t seen_by_callback;
 
 static void code_written(void *opaque, struct kage_vcpu *cpu, uint64_t gpa, uint64_t len)
 {
@@ -624,11 +627,15 @@ static void code_written(void *opaque, struct kage_vcpu *cpu, uint64_t gpa, uint
 	ck_assert_uint_eq(len, 4096);
 	written_calls++;
 	written_gpa = gpa;
+	if (watched && gpa == 0x2000000)
+		seen_by_callback = *(const volatile uint64_t *)watched;
 }
 
 static void code_round(struct kage_vcpu *cpu, uint64_t gva)
 {
-	uint64_t v;
+	struct iovec iov;
+	unsigned n = 1;
+	uint64_t v, old;
 
 	written_calls = 0;
 	ck_assert_int_eq(kage_vcpu_fetch(cpu, gva, &v, 8, NULL), KAGE_OK);
@@ -641,8 +648,15 @@ static void code_round(struct kage_vcpu *cpu, uint64_t gva)
 	ck_assert_uint_eq(written_calls, 1);
 	ck_assert_int_eq(kage_vcpu_fetch(cpu, gva, &v, 8, NULL), KAGE_OK);
 	guest_audit(&g);
+	ck_assert_int_eq(kage_vm_pin(g.vm, 0x2000000, 4096, 0, &iov, &n), KAGE_OK);
+	watched = iov.iov_base;
+	old = *watched;
+	ck_assert_uint_ne(old, 5);
 	guest_w64(&g, 0x2000000, 5);
 	ck_assert_uint_eq(written_calls, 2);
+	ck_assert_uint_eq(seen_by_callback, old); /* it came before the bytes did */
+	watched = NULL;
+	ck_assert_int_eq(kage_vm_unpin(g.vm, 0x2000000, 4096), KAGE_OK);
 	guest_w64(&g, 0x2000000, 6);
 	ck_assert_uint_eq(written_calls, 2);
 	ck_assert_int_eq(kage_vcpu_fetch(cpu, gva, &v, 8, NULL), KAGE_OK);
