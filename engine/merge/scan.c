@@ -34,6 +34,7 @@ enum scan {
 	SCAN_NOTHING, /* not a page for merging */
 	SCAN_LATER,   /* somebody was in the way: again in the next pass */
 	SCAN_NO_STABLE,
+	SCAN_LOOKED,  /* quiet, and hashed: not merged yet */
 };
 
 #define SHARING_DEFAULT (256u << 10)
@@ -252,7 +253,7 @@ static int merge_unstable(struct merge *m, struct mm *mm, gfn_t gfn, pfn_t pfn, 
 	struct pool *pool = m->host->pool;
 	struct candidate *c;
 	struct mm_lookup l;
-	int r = SCAN_LATER;
+	int r;
 
 	while ((c = candidates_find(&m->candidates, mm->domain, hash, pfn))) {
 		r = merge_pair(m, mm, pfn, c);
@@ -323,8 +324,6 @@ static bool known(struct merge *m, pfn_t pfn)
 	candidates_remove(&m->candidates, m->host->pool, c);
 	return false;
 }
-
-#define SCAN_LOOKED 100
 
 /* Inside a read section: nothing else keeps the frame, or its metadata. */
 static int page_look(struct merge *m, struct merge_mm *g, struct populated *pop, gfn_t gfn, struct quiet *q)

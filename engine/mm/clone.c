@@ -48,8 +48,7 @@ static int copy_page(struct clone *k, struct cursor *c, gfn_t gfn)
 	layer_use(k->child_layer);
 	w = table_lock(child->family, 0, gfn);
 	entry_store(c->slot, entry_leaf(pfn, ENTRY_W));
-	if (!(c->entry & ENTRY_SPECIAL))
-		frame_drop(child->host, entry_pfn(c->entry), &k->dead);
+	frame_drop(child->host, entry_pfn(c->entry), &k->dead);
 	table_unlock(w);
 	return 0;
 }
@@ -77,8 +76,7 @@ static int copy_one(struct clone *k, gfn_t gfn)
 		return copy_page(k, &c, gfn);
 	struct table_locked w = table_lock(child->family, 0, gfn);
 	entry_store(c.slot, ENTRY_NONE);
-	if (!(c.entry & ENTRY_SPECIAL))
-		frame_drop(child->host, entry_pfn(c.entry), &k->dead);
+	frame_drop(child->host, entry_pfn(c.entry), &k->dead);
 	table_unlock(w);
 	return 0;
 }

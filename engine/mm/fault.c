@@ -40,8 +40,6 @@ static int frame_alloc(struct mm *mm, gfn_t gfn, unsigned flags, pfn_t *out)
 	struct pool *pool = mm->host->pool;
 	int r = arena_alloc(pool, mm->domain, 0, FRAME_PRIVATE, flags, out);
 
-	if (r == -ENOMEM && pool_reap(pool) > 0)
-		r = arena_alloc(pool, mm->domain, 0, FRAME_PRIVATE, flags, out);
 	if (r)
 		return r;
 	layer_use(mm->layer);
@@ -205,6 +203,14 @@ static int fault_write(struct mm *mm, struct mm_fault *f, const struct region *r
 
 /* -- first touch ----------------------------------------------------------------------- */
 
+/* What an entry of this level maps around gfn lies inside the region. */
+static bool level_inside(const struct region *r, gfn_t gfn, unsigned level)
+{
+	uint64_t first = ALIGN_DOWN(gfn.v, level_pages(level));
+
+	return first >= r->start.v && first + level_pages(level) <= region_end(r).v;
+}
+
 /* Entries of this level may map the neighbourhood of gfn: inside the region, lined up with its extent. */
 static bool level_fits(struct mm *mm, const struct region *r, gfn_t gfn, unsigned level)
 {
@@ -214,8 +220,8 @@ static bool level_fits(struct mm *mm, const struct region *r, gfn_t gfn, unsigne
 
 	if (level == 0)
 		return true;
-	if (r->flags & (KAGE_REGION_NOHUGE | KAGE_REGION_TRAP) || first < r->start.v ||
-	    first + n > region_end(r).v || level > root_level(atomic_load(&mm->root)))
+	if (r->flags & (KAGE_REGION_NOHUGE | KAGE_REGION_TRAP) || !level_inside(r, gfn, level) ||
+	    level > root_level(atomic_load(&mm->root)))
 		return false;
 	if (r->kind == KAGE_REGION_ANON && mm->host->limited)
 		return false;
@@ -336,22 +342,12 @@ static int fault_fill(struct mm *mm, struct mm_fault *f, const struct region *re
 
 /* -- entry ------------------------------------------------------------------------------- */
 
-/* A block may reach over the end of a region since protect or unmap has split it: what is around gfn has other rights there. */
-static unsigned level_inside(const struct region *r, gfn_t gfn, unsigned level)
-{
-	for (; level > 0; level--) {
-		uint64_t first = ALIGN_DOWN(gfn.v, level_pages(level));
-
-		if (first >= r->start.v && first + level_pages(level) <= region_end(r).v)
-			break;
-	}
-	return level;
-}
-
 static int fault_finish(struct mm *mm, struct mm_fault *f, const struct region *reg, bool writable)
 {
 	f->prot = reg->prot;
-	f->level = level_inside(reg, f->gfn, f->level);
+	/* a block may reach over the end of a region since protect has split it: there are other rights beyond */
+	while (f->level > 0 && !level_inside(reg, f->gfn, f->level))
+		f->level--;
 	if (!writable)
 		f->prot &= ~(uint32_t)KAGE_WRITE;
 	f->foreign = reg->kind == KAGE_REGION_FOREIGN;

@@ -208,8 +208,7 @@ void shadow_audit(struct shadow *s, struct audit *a)
 	uint32_t n = 0, unsync = 0;
 
 	lock_take(&s->lock);
-	list_for_each(pos, &s->pages)
-	{
+	list_for_each(pos, &s->pages) {
 		struct shadow_page *p = container_of(pos, struct shadow_page, node);
 
 		leaves += audit_page(s, p, a);
@@ -221,8 +220,7 @@ void shadow_audit(struct shadow *s, struct audit *a)
 	CHECK(a, audit_chunks(s, a) == leaves, "rmap chains do not hold the %llu leaves",
 	      (unsigned long long)leaves);
 	CHECK(a, !s->nbatch && !s->batch_flush, "TLB work left over");
-	list_for_each(pos, &s->cpus)
-	{
+	list_for_each(pos, &s->cpus) {
 		struct shadow_cpu *cpu = container_of(pos, struct shadow_cpu, node);
 
 		CHECK(a, !cpu->root || (cpu->root->used && cpu->root->roots), "a vCPU's root is free");

@@ -70,14 +70,19 @@ static bool in_slow_path_here(const struct shadow_cpu *cpu)
 	return atomic_load_explicit(&cpu->slow_thread, memory_order_relaxed) == (uintptr_t)pthread_self();
 }
 
+/* The calling thread is between enter and leave of this vCPU. */
+static bool entered_here(const struct shadow_cpu *cpu)
+{
+	return atomic_load_explicit(&cpu->enter_thread, memory_order_relaxed) == (uintptr_t)pthread_self();
+}
+
 void batch_apply(struct shadow *s)
 {
 	bool in_use = false;
 
 	if (!s->nbatch && !s->batch_flush)
 		return;
-	list_for_each(n, &s->cpus)
-	{
+	list_for_each(n, &s->cpus) {
 		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
 
 		if (cpu->ops->drop(cpu, s->batch, s->nbatch, s->batch_flush) && !in_slow_path_here(cpu))
@@ -118,8 +123,7 @@ static int barrier_all(struct shadow *s)
 
 static bool others_running(struct shadow *s)
 {
-	list_for_each(n, &s->cpus)
-	{
+	list_for_each(n, &s->cpus) {
 		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
 
 		if (atomic_load_explicit(&cpu->running, memory_order_acquire) && !in_slow_path_here(cpu))
@@ -164,7 +168,7 @@ static int wait_window(struct shadow *s, struct shadow_cpu *cpu, bool blockable)
 
 	if (!(win & 1))
 		return 0;
-	if (atomic_load_explicit(&cpu->enter_thread, memory_order_relaxed) == (uintptr_t)pthread_self())
+	if (entered_here(cpu))
 		return -EDEADLK;
 	if (!blockable)
 		return -EAGAIN;
@@ -177,12 +181,8 @@ bool shadow_entered(struct shadow *s)
 	struct brlock_held held = brlock_read(&s->cpus_lock);
 	bool entered = false;
 
-	list_for_each(n, &s->cpus)
-	{
-		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
-
-		entered |= atomic_load_explicit(&cpu->enter_thread, memory_order_relaxed) ==
-			   (uintptr_t)pthread_self();
+	list_for_each(n, &s->cpus) {
+		entered |= entered_here(container_of(n, struct shadow_cpu, node));
 	}
 	brlock_read_drop(&s->cpus_lock, held);
 	return entered;
@@ -212,8 +212,7 @@ static int shootdown_seq(struct shadow *s, uint64_t seq, bool blockable)
 	} else {
 		atomic_thread_fence(memory_order_seq_cst);
 	}
-	list_for_each(n, &s->cpus)
-	{
+	list_for_each(n, &s->cpus) {
 		int wait = wait_window(s, container_of(n, struct shadow_cpu, node), blockable);
 
 		r = r ? r : wait;
@@ -291,8 +290,7 @@ static void zap_tables(struct shadow *s, gfn_t start, gfn_t end)
 	struct shadow_page *p;
 
 	if (end.v - start.v > s->ntables) {
-		list_for_each_safe(n, tmp, &s->pages)
-		{
+		list_for_each_safe(n, tmp, &s->pages) {
 			p = container_of(n, struct shadow_page, node);
 			if (!(p->role & ROLE_DIRECT) && p->gfn.v >= start.v && p->gfn.v < end.v)
 				page_zap(s, p);

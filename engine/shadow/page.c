@@ -237,8 +237,7 @@ static void roots_forget(struct shadow *s, struct shadow_page *p)
 {
 	if (!p->roots)
 		return;
-	list_for_each(n, &s->cpus)
-	{
+	list_for_each(n, &s->cpus) {
 		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
 
 		if (cpu->root == p)
@@ -290,8 +289,7 @@ static struct shadow_page *page_victim(struct shadow *s)
 {
 	if (!list_empty(&s->idle))
 		return container_of(s->idle.next, struct shadow_page, idle);
-	list_for_each(n, &s->pages)
-	{
+	list_for_each(n, &s->pages) {
 		struct shadow_page *p = container_of(n, struct shadow_page, node);
 
 		if (!p->roots)
@@ -338,8 +336,7 @@ bool pages_ready(const struct shadow *s)
 
 static void page_rehash(struct shadow *s, struct shadow_page **table, uint32_t bits)
 {
-	list_for_each(n, &s->pages)
-	{
+	list_for_each(n, &s->pages) {
 		struct shadow_page *p = container_of(n, struct shadow_page, node);
 		uint32_t slot = page_slot(s, p->gfn, bits);
 

@@ -240,8 +240,7 @@ static void range_written(struct shadow *s, gpa_t gpa, uint64_t len)
 	gfn_t start = gpa_gfn(gpa), last = gpa_gfn(GPA(gpa.v + len - 1));
 
 	lock_take(&s->lock);
-	list_for_each_safe(n, tmp, &s->pages)
-	{
+	list_for_each_safe(n, tmp, &s->pages) {
 		struct shadow_page *p = container_of(n, struct shadow_page, node);
 
 		if (!(p->role & ROLE_DIRECT) && p->gfn.v >= start.v && p->gfn.v <= last.v)
@@ -299,8 +298,7 @@ static bool may_map(const struct shadow_page *p, uint64_t gva)
  * 3A 4.10.4.1). */
 static void sync_listed(struct shadow *s, uint64_t gva)
 {
-	list_for_each_safe(n, tmp, &s->unsync)
-	{
+	list_for_each_safe(n, tmp, &s->unsync) {
 		struct shadow_page *p = container_of(n, struct shadow_page, unsync_node);
 
 		if (p->level > 0)
@@ -353,8 +351,7 @@ static bool finish_syncing(struct shadow *s)
 {
 	bool wait = false;
 
-	list_for_each_safe(n, tmp, &s->unsync)
-	{
+	list_for_each_safe(n, tmp, &s->unsync) {
 		struct shadow_page *p = container_of(n, struct shadow_page, unsync_node);
 
 		if (!p->syncing)
@@ -371,8 +368,7 @@ static bool finish_syncing(struct shadow *s)
 
 static bool sync_all_locked(struct shadow *s)
 {
-	list_for_each_safe(n, tmp, &s->unsync)
-	{
+	list_for_each_safe(n, tmp, &s->unsync) {
 		struct shadow_page *p = container_of(n, struct shadow_page, unsync_node);
 
 		p->quiet = sync_whole(s, p) ? 0 : p->quiet + 1;
@@ -408,8 +404,7 @@ static void tell_code_written(struct shadow *s, gfn_t gfn)
 {
 	struct brlock_held held = brlock_read(&s->cpus_lock);
 
-	list_for_each(n, &s->cpus)
-	{
+	list_for_each(n, &s->cpus) {
 		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
 
 		if (cpu->ops->code_written)
