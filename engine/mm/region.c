@@ -201,6 +201,8 @@ static int region_check(const struct kage_region *c)
 		return -EINVAL;
 	if (c->flags & ~known || c->prot & ~KAGE_RWX || c->kind > KAGE_REGION_FOREIGN)
 		return -EINVAL;
+	if (c->flags & KAGE_REGION_EXTERNAL && c->flags & KAGE_REGION_MERGEABLE)
+		return -EINVAL;
 	if (c->kind == KAGE_REGION_ANON)
 		return c->flags & KAGE_REGION_FD || c->offset ? -EINVAL : 0;
 	if (!(c->flags & KAGE_REGION_FD) || c->flags & (KAGE_REGION_TRAP | KAGE_REGION_EXTERNAL))

@@ -56,7 +56,7 @@ enum kage_region_flags {
 	KAGE_REGION_TRAP = 1u << 1,
 	/**
 	 * Another party uses this memory by its address (vhost-user, DMA):
-	 * never moved or merged, and a clone copies it. ANON only.
+	 * never moved or merged, and a clone copies it. ANON only, not with MERGEABLE.
 	 */
 	KAGE_REGION_EXTERNAL = 1u << 2,
 	/** `fd` is set. Needed for FILE and FOREIGN. */

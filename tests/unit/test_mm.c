@@ -257,6 +257,8 @@ START_TEST(external_region_is_copied_by_a_clone)
 	unsigned n = 1;
 	uint64_t *raw;
 
+	ck_assert_int_eq(kage_vm_map(vm, KAGE_CFG(kage_region, .len = MIB,
+						  .flags = KAGE_REGION_EXTERNAL | KAGE_REGION_MERGEABLE)), -EINVAL);
 	map(vm, 0, 4 * MIB, KAGE_REGION_EXTERNAL);
 	put(vm, 4096, 1);
 	put(vm, 2 * MIB, 2);
