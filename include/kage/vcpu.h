@@ -305,6 +305,29 @@ KAGE_HELPER void *kage_tlb_hva(const struct kage_tlb_entry *e, uint64_t gva)
 	return (void *)(uintptr_t)(gva + __atomic_load_n(&e->addend, __ATOMIC_RELAXED));
 }
 
+/* A load of a size that the compiler knows; the caller's variable stays in a register: its address goes nowhere. */
+KAGE_HELPER int kage_vcpu_get(struct kage_vcpu *vcpu, uint64_t gva, void *buf, size_t len, struct kage_fault *fault,
+			      int kind,
+			      int (*slow)(struct kage_vcpu *, uint64_t, void *, size_t, struct kage_fault *))
+{
+	struct kage_vcpu_head *h = (struct kage_vcpu_head *)vcpu;
+	uint64_t win = kage_window_open(h);
+	struct kage_tlb_entry *e = kage_tlb_slot(h, gva);
+	uint64_t value;
+	int r;
+
+	if (kage_tlb_hit(h, e, gva, len, kind)) {
+		kage_guest_load(buf, kage_tlb_hva(e, gva), len);
+		kage_window_close(h, win);
+		return KAGE_OK;
+	}
+	kage_window_close(h, win);
+	r = slow(vcpu, gva, &value, len, fault);
+	if (r == KAGE_OK)
+		__builtin_memcpy(buf, &value, len);
+	return r;
+}
+
 /**
  * Loads `len` bytes at a guest virtual address, any alignment, across pages.
  *
@@ -318,24 +341,8 @@ KAGE_HELPER void *kage_tlb_hva(const struct kage_tlb_entry *e, uint64_t gva)
 KAGE_INLINE int kage_vcpu_load(struct kage_vcpu *vcpu, uint64_t gva, void *buf, size_t len,
 			       struct kage_fault *fault)
 {
-	if (KAGE_INLINE_SIZE(len)) { /* the caller's variable stays in a register: its address goes nowhere */
-		struct kage_vcpu_head *h = (struct kage_vcpu_head *)vcpu;
-		uint64_t win = kage_window_open(h);
-		struct kage_tlb_entry *e = kage_tlb_slot(h, gva);
-		uint64_t value;
-		int r;
-
-		if (kage_tlb_hit(h, e, gva, len, 0)) {
-			kage_guest_load(buf, kage_tlb_hva(e, gva), len);
-			kage_window_close(h, win);
-			return KAGE_OK;
-		}
-		kage_window_close(h, win);
-		r = kage_vcpu_load_slow(vcpu, gva, &value, len, fault);
-		if (r == KAGE_OK)
-			__builtin_memcpy(buf, &value, len);
-		return r;
-	}
+	if (KAGE_INLINE_SIZE(len))
+		return kage_vcpu_get(vcpu, gva, buf, len, fault, 0, kage_vcpu_load_slow);
 	return kage_vcpu_load_slow(vcpu, gva, buf, len, fault);
 }
 
@@ -343,7 +350,7 @@ KAGE_INLINE int kage_vcpu_load(struct kage_vcpu *vcpu, uint64_t gva, void *buf, 
 KAGE_INLINE int kage_vcpu_store(struct kage_vcpu *vcpu, uint64_t gva, const void *buf, size_t len,
 				struct kage_fault *fault)
 {
-	if (KAGE_INLINE_SIZE(len)) { /* the caller's variable stays in a register: its address goes nowhere */
+	if (KAGE_INLINE_SIZE(len)) {
 		struct kage_vcpu_head *h = (struct kage_vcpu_head *)vcpu;
 		uint64_t win = kage_window_open(h);
 		struct kage_tlb_entry *e = kage_tlb_slot(h, gva);
@@ -365,24 +372,8 @@ KAGE_INLINE int kage_vcpu_store(struct kage_vcpu *vcpu, uint64_t gva, const void
 KAGE_INLINE int kage_vcpu_fetch(struct kage_vcpu *vcpu, uint64_t gva, void *buf, size_t len,
 				struct kage_fault *fault)
 {
-	if (KAGE_INLINE_SIZE(len)) { /* the caller's variable stays in a register: its address goes nowhere */
-		struct kage_vcpu_head *h = (struct kage_vcpu_head *)vcpu;
-		uint64_t win = kage_window_open(h);
-		struct kage_tlb_entry *e = kage_tlb_slot(h, gva);
-		uint64_t value;
-		int r;
-
-		if (kage_tlb_hit(h, e, gva, len, 2)) {
-			kage_guest_load(buf, kage_tlb_hva(e, gva), len);
-			kage_window_close(h, win);
-			return KAGE_OK;
-		}
-		kage_window_close(h, win);
-		r = kage_vcpu_fetch_slow(vcpu, gva, &value, len, fault);
-		if (r == KAGE_OK)
-			__builtin_memcpy(buf, &value, len);
-		return r;
-	}
+	if (KAGE_INLINE_SIZE(len))
+		return kage_vcpu_get(vcpu, gva, buf, len, fault, 2, kage_vcpu_fetch_slow);
 	return kage_vcpu_fetch_slow(vcpu, gva, buf, len, fault);
 }
 
