@@ -12,6 +12,7 @@
 #include <kage/kage.h>
 #include "api/engine.h"
 #include "api/vm.h"
+#include "mm/mirror.h"
 #include "shadow/shadow.h"
 
 #define SPACE_DEFAULT ((uint64_t)16 << 40)
@@ -199,6 +200,16 @@ void engine_settle(struct kage_engine *e)
 		engine_due(e);
 }
 
+void engine_refill(struct kage_vm *vm, gfn_t start, uint64_t npages)
+{
+	struct kage_engine *e = vm->engine;
+	struct brlock_held held = brlock_read(&e->upkeep);
+
+	pool_reap(e->pool);
+	brlock_read_drop(&e->upkeep, held);
+	mm_refill(&vm->mm, start, gfn_add(start, npages));
+}
+
 static int step_work(struct kage_engine *e, const struct kage_budget *b, struct kage_progress *p)
 {
 	struct brlock_held held;
@@ -214,6 +225,13 @@ static int step_work(struct kage_engine *e, const struct kage_budget *b, struct 
 		r = pool_refill(e->pool);
 	brlock_read_drop(&e->upkeep, held);
 	return r;
+}
+
+static int mirror_step(struct mm *mm, void *arg)
+{
+	if (mm->mirror)
+		mm->mirror->ops->step(mm->mirror);
+	return 0;
 }
 
 static int entered(struct mm *mm, void *arg)
@@ -247,6 +265,7 @@ int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, st
 	(void)n;
 	atomic_store(&e->due, false); /* after the read: what was told before it, this step does */
 	r = step_work(e, &b, &p);
+	host_each_mm(&e->host, mirror_step, NULL);
 	if (p.more || (atomic_load(&e->merge.on) && merge_waiting(&e->merge)))
 		engine_due(e);
 	if (r == 0 && progress) {
@@ -291,14 +310,14 @@ static void __attribute__((format(printf, 2, 3))) audit_line(struct audit *a, co
 	out->report(out->opaque, line);
 }
 
-static int audit_shadow(struct mm *mm, struct audit *a)
+static int audit_secondary(struct mm *mm, struct audit *a)
 {
 	struct kage_vm *vm = mm->owner;
 	struct shadow *s = vm ? atomic_load(&vm->shadow) : NULL;
 
 	if (s)
 		shadow_audit(s, a);
-	return 0;
+	return mm->mirror ? mm->mirror->ops->audit(mm->mirror, a) : 0;
 }
 
 int kage_engine_audit(struct kage_engine *e, struct kage_audit *audit)
@@ -313,7 +332,7 @@ int kage_engine_audit(struct kage_engine *e, struct kage_audit *audit)
 		return r;
 	lock_take(&e->merge.lock);
 	brlock_write(&e->upkeep);
-	r = host_audit(&e->host, &a, audit_shadow);
+	r = host_audit(&e->host, &a, audit_secondary);
 	brlock_write_drop(&e->upkeep);
 	lock_drop(&e->merge.lock);
 	if (r)

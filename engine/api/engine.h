@@ -33,6 +33,8 @@ int api_result(struct kage_engine *e, const char *call, uint64_t gpa, uint64_t l
 
 /* Something may wait for a step: makes kage_engine_fd() readable. */
 void engine_due(struct kage_engine *e);
+/* What a mirrored guest discarded goes to the host now, and its home takes its place: mappings stay few. */
+void engine_refill(struct kage_vm *vm, gfn_t start, uint64_t npages);
 /* At the end of calls that release memory: too much is not left to a step that may never come. */
 void engine_settle(struct kage_engine *e);
 

@@ -8,6 +8,7 @@
 #include <kage/stats.h>
 #include "api/engine.h"
 #include "api/vm.h"
+#include "mm/mirror.h"
 #include "obs/obs.h"
 #include "shadow/shadow.h"
 
@@ -26,6 +27,14 @@ static int add_shadow_of(struct mm *mm, void *arg)
 	return 0;
 }
 
+/* Figures are told after what the host kernel has broken is known. */
+static int reconcile(struct mm *mm, void *arg)
+{
+	int64_t r = mm->mirror ? mm->mirror->ops->reconcile(mm->mirror, false) : 0;
+
+	return r < 0 ? (int)r : 0;
+}
+
 int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats *stats)
 {
 	struct kage_stats s = { 0 };
@@ -33,7 +42,9 @@ int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats 
 
 	if (!e || !stats || (vm && vm->engine != e))
 		return -EINVAL;
-	r = config_check(stats, sizeof(s), sizeof(s));
+	r = config_check(stats, sizeof(s), offsetof(struct kage_stats, pages_host_private));
+	if (!r)
+		r = vm ? reconcile(&vm->mm, NULL) : host_each_mm(&e->host, reconcile, NULL);
 	if (r)
 		return r;
 	if (vm) {
@@ -44,7 +55,7 @@ int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats 
 		host_each_mm(&e->host, add_shadow_of, &s);
 	}
 	s.size = stats->size;
-	*stats = s;
+	memcpy(stats, &s, MIN(s.size, sizeof(s)));
 	return KAGE_OK;
 }
 
@@ -53,6 +64,7 @@ int kage_page_map(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint8_t *map)
 	if (!vm || !map || !len || (gpa | len) & (PAGE_SIZE - 1) || gpa >= (uint64_t)1 << KAGE_GPA_BITS ||
 	    len > ((uint64_t)1 << KAGE_GPA_BITS) - gpa)
 		return -EINVAL;
+	reconcile(&vm->mm, NULL);
 	obs_page_map(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, map);
 	return KAGE_OK;
 }
@@ -106,6 +118,8 @@ static int dump_text(struct kage_vm *vm, enum kage_dump_what what, bool json, st
 	switch (what) {
 	case KAGE_DUMP_PRIMARY:
 		return obs_dump_primary(&vm->mm, json, text_put, t);
+	case KAGE_DUMP_MIRROR:
+		return vm->mm.mirror ? vm->mm.mirror->ops->dump(vm->mm.mirror, json, text_put, t) : -ENOENT;
 	case KAGE_DUMP_REGIONS:
 		return obs_dump_regions(&vm->mm, json, text_put, t);
 	case KAGE_DUMP_SHADOW:

@@ -99,7 +99,7 @@ static int vm_destroy(struct kage_vm *vm)
 {
 	int r;
 
-	if (atomic_load(&vm->vcpus) || atomic_load(&vm->logs) || mm_busy(&vm->mm))
+	if (atomic_load(&vm->vcpus) || atomic_load(&vm->logs) || vm->mm.mirror || mm_busy(&vm->mm))
 		return -EBUSY;
 	merge_forget(&vm->engine->merge, &vm->mm);
 	r = mm_destroy(&vm->mm);
@@ -181,6 +181,8 @@ int kage_vm_advise(struct kage_vm *vm, uint64_t gpa, uint64_t len, enum kage_adv
 
 	if (!r)
 		r = mm_advise(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, advice);
+	if (!r && advice == KAGE_ADVICE_DISCARD && vm->mm.mirror)
+		engine_refill(vm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT);
 	return range_result(vm, __func__, gpa, len, r);
 }
 

@@ -17,9 +17,11 @@
  *
  * Locks: pool->lock, taken here.
  */
+#include <fcntl.h>
 #include <linux/fs.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "frame/private.h"
 
@@ -232,8 +234,12 @@ int extent_create_device(struct pool *pool, int fd, uint64_t offset, gfn_t gfn, 
 	if (err)
 		return err;
 	e->prot = prot;
-	err = device_prepare(e, fd, offset);
+	e->offset = offset;
+	e->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	err = e->fd < 0 ? -errno : device_prepare(e, fd, offset);
 	if (err) {
+		if (e->fd >= 0)
+			close(e->fd);
 		env_free(pool->env, e, sizeof(*e));
 		return err;
 	}
@@ -265,8 +271,36 @@ static void extent_free(struct defer_node *node, void *arg)
 
 	if (e->kind == EXTENT_HOME)
 		extent_vacate(e);
+	else
+		close(e->fd);
 	extent_retire(e);
 	env_free(e->pool->env, e, sizeof(*e));
+}
+
+struct extent *pool_extent(const struct pool *pool, pfn_t pfn)
+{
+	return pfn_is_zero(pfn) ? NULL : pfn_block(pool, pfn)->extent;
+}
+
+bool pool_has_files(const struct pool *pool)
+{
+	return pool_memfd(pool);
+}
+
+int pool_file(const struct pool *pool, pfn_t pfn, int *fd, uint64_t *offset)
+{
+	const struct extent *e = pool_extent(pool, pfn);
+
+	if (pfn_is_zero(pfn) || (!e && !pfn_section(pool, pfn)->domain))
+		return -ENOENT;
+	if (e && e->kind == EXTENT_DEVICE) {
+		*fd = e->fd;
+		*offset = e->offset + ((pfn.v - e->base.v) << PAGE_SHIFT);
+		return 0;
+	}
+	*fd = e ? e->home->fd : pfn_section(pool, pfn)->domain->fd;
+	*offset = pfn.v << PAGE_SHIFT;
+	return *fd < 0 ? -ENOENT : 0;
 }
 
 void extent_get(struct extent *e, uint64_t n)

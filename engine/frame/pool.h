@@ -77,6 +77,8 @@ struct extent {
 	uint32_t domain;
 	bool huge;       /* huge pages are asked for */
 	int prot;        /* DEVICE */
+	int fd;          /* DEVICE: its file, and where it begins there */
+	uint64_t offset;
 	pfn_t base;
 	gfn_t gfn;
 	uint64_t npages;
@@ -148,7 +150,7 @@ pfn_t pool_hva_pfn(const struct pool *pool, const void *hva);
 int extent_create(struct pool *pool, uint32_t domain, gfn_t gfn, uint64_t npages, bool huge, struct extent **out);
 /*
  * Maps npages of a file at an extent of its own, shared, with `prot` (PROT_*).
- * Errors of mmap(2); -EOVERFLOW when the file ends before. The fd is not kept.
+ * Errors of mmap(2); -EOVERFLOW when the file ends before. The fd is duplicated.
  */
 int extent_create_device(struct pool *pool, int fd, uint64_t offset, gfn_t gfn, uint64_t npages, int prot,
 			 struct extent **out);
@@ -163,6 +165,15 @@ void extent_put(struct extent *e, uint64_t n);
  * i may be something else than a hole. Uses mincore(2). When in doubt: set.
  */
 void pool_populated(struct pool *pool, pfn_t pfn, unsigned npages, uint64_t map[8]);
+
+/*
+ * The file behind a frame, and the frame's offset there: what a host mapping of
+ * guest memory is made of. -ENOENT: anonymous backing, or the zero frame.
+ */
+int pool_file(const struct pool *pool, pfn_t pfn, int *fd, uint64_t *offset);
+bool pool_has_files(const struct pool *pool);
+/* The extent a frame lies in; NULL: the arena, or the zero frame. */
+struct extent *pool_extent(const struct pool *pool, pfn_t pfn);
 
 /* -- the common arena ---------------------------------------------------- */
 

@@ -24,6 +24,7 @@
 #include "merge/merge.h"
 #include "mm/change.h"
 #include "mm/layer.h"
+#include "mm/mirror.h"
 #include "mm/rmap.h"
 #include "mm/stable.h"
 
@@ -342,6 +343,27 @@ static const struct change_ops plan_ops = {
 	.commit = plan_commit, .unlock = plan_unlock, .cancel = plan_cancel,
 };
 
+/* The host kernel has made a place's page private (mm/mirror.h): that guest has it home, and nothing was merged. */
+static int plan_adopt(struct plan *p)
+{
+	int r = -EAGAIN;
+
+	for (unsigned i = 0; r == -EAGAIN && i < p->c.targets; i++) {
+		struct mm *mm = p->c.target[i].mm;
+		gfn_t gfn = p->c.target[i].notify.start;
+		struct brlock_held held = brlock_read(&mm->range);
+		uint64_t map[MIRROR_WORDS] = { 0 };
+
+		if (mm->mirror && mm_region(mm, gfn))
+			mm->mirror->ops->diverged(mm->mirror, gfn, 1, map);
+		if (map[0])
+			r = mm_adopt_page(mm, gfn, NULL, NULL);
+		brlock_read_drop(&mm->range, held);
+		r = r == -ENOMEM ? r : -EAGAIN;
+	}
+	return r;
+}
+
 int merge_frames(struct merge *m, struct family *from_family, pfn_t from, struct family *into_family, pfn_t into,
 		 struct stable *s, uint64_t hash, uint32_t domain)
 {
@@ -355,6 +377,8 @@ int merge_frames(struct merge *m, struct family *from_family, pfn_t from, struct
 	bool zero = pfn_is_zero(into);
 	int r = change_run(&p.c);
 
+	if (r == -ESTALE)
+		r = plan_adopt(&p);
 	if (r == 0) {
 		mm_count(p.from.place[0].mm, ksm_merges);
 		if (zero)

@@ -21,6 +21,7 @@
 #include "base/guest.h"
 #include "merge/merge.h"
 #include "mm/layer.h"
+#include "mm/mirror.h"
 #include "mm/region.h"
 #include "mm/rmap.h"
 #include "mm/stable.h"
@@ -35,6 +36,7 @@ enum scan {
 	SCAN_LATER,   /* somebody was in the way: again in the next pass */
 	SCAN_NO_STABLE,
 	SCAN_LOOKED,  /* quiet, and hashed: not merged yet */
+	SCAN_ADOPT,   /* quiet, but in a page of the host kernel's */
 };
 
 #define SHARING_DEFAULT (256u << 10)
@@ -337,7 +339,13 @@ static int page_look(struct merge *m, struct merge_mm *g, struct populated *pop,
 	reg = mm_region(g->mm, gfn);
 	l = mm_lookup(g->mm, gfn);
 	mergeable = reg && reg->flags & KAGE_REGION_MERGEABLE;
-	if (!mergeable || !entry_is_leaf(l.entry) || l.entry & ENTRY_SPECIAL)
+	if (!mergeable || (g->mm->mirror && !g->mm->mirror->blocks))
+		return SCAN_NOTHING;
+	if (g->mm->mirror && READ_ONCE(g->mm->mirror->scarce))
+		return SCAN_LATER;
+	if (entry_state(l.entry) == ENTRY_HOST_PRIVATE)
+		return SCAN_ADOPT;
+	if (!entry_is_leaf(l.entry) || l.entry & ENTRY_SPECIAL)
 		return SCAN_NOTHING;
 	kind = frame_kind(pfn_frame(m->host->pool, l.pfn));
 	if ((kind != FRAME_HOME && kind != FRAME_PRIVATE) || known(m, l.pfn))
@@ -355,6 +363,16 @@ static int page_look(struct merge *m, struct merge_mm *g, struct populated *pop,
 	return SCAN_LOOKED;
 }
 
+/* A page that the host kernel has made private comes home; it is looked at once it has been quiet there. */
+static int scan_adopt(struct mm *mm, gfn_t gfn)
+{
+	struct brlock_held held = brlock_read(&mm->range);
+	int r = mm->mirror && mm_region(mm, gfn) ? mm_adopt_page(mm, gfn, NULL, NULL) : 0;
+
+	brlock_read_drop(&mm->range, held);
+	return r == -ENOMEM ? r : SCAN_LATER;
+}
+
 static int scan_page(struct merge *m, struct merge_mm *g, struct populated *pop, gfn_t gfn)
 {
 	struct quiet q;
@@ -363,6 +381,8 @@ static int scan_page(struct merge *m, struct merge_mm *g, struct populated *pop,
 	rcu_enter();
 	r = page_look(m, g, pop, gfn, &q);
 	rcu_leave();
+	if (r == SCAN_ADOPT)
+		return scan_adopt(g->mm, gfn);
 	if (r != SCAN_LOOKED)
 		return r;
 	atomic_fetch_add_explicit(&m->scanned, 1, memory_order_relaxed);

@@ -12,12 +12,16 @@
  *  X1  a thread that holds a reader section does nothing but copy.
  *  X2  frame pins > 0 only on exclusive frames of ranges in mm->pins.
  *
+ * Where the host kernel breaks COW by itself (mm/mirror.h), what the guest has is in its window: bytes
+ * are copied from and to there, unless the page is exclusive and so the same in both.
+ *
  * Locks taken: mm->range for reading; mm->pin_lock; table locks.
  */
 #include <sys/uio.h>
 
 #include "base/guest.h"
 
+#include "mm/mirror.h"
 #include "mm/region.h"
 #include "mm/table.h"
 
@@ -69,6 +73,25 @@ static int read_frame(struct mm *mm, gfn_t gfn, const struct mm_lookup *l, size_
 	return entry_is_leaf(now.entry) && pfn_eq(now.pfn, l->pfn) ? KAGE_OK : KAGE_RETRY;
 }
 
+/* The guest's page as the host kernel has it. KAGE_RETRY: the frame will do, or trapped memory is not there yet. */
+static int read_window(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t len)
+{
+	struct brlock_held held = brlock_read(&mm->range);
+	const struct region *reg = mm_region(mm, gfn);
+	struct mm_lookup l = mm_lookup(mm, gfn);
+	const char *window = mm_native(mm) && reg ? mm->mirror->ops->window(mm->mirror, gfn) : NULL;
+	int r = KAGE_RETRY;
+
+	if (reg && !(reg->prot & KAGE_READ))
+		r = KAGE_MMIO;
+	else if (window && !(entry_is_none(l.entry) && reg->flags & KAGE_REGION_TRAP)) {
+		guest_copy(buf, window + offset, len);
+		r = KAGE_OK;
+	}
+	brlock_read_drop(&mm->range, held);
+	return r;
+}
+
 /* One page; KAGE_RETRY: look again, it may have to be faulted in first. */
 static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t len)
 {
@@ -79,14 +102,18 @@ static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t 
 	rcu_enter();
 	reg = mm_region(mm, gfn);
 	l = mm_lookup(mm, gfn);
-	if (!reg || !(reg->prot & KAGE_READ))
+	if (!reg || !(reg->prot & KAGE_READ)) {
 		r = KAGE_MMIO;
-	else if (entry_is_leaf(l.entry))
+	} else if (mm_native(mm) && !l.writable) {
+		rcu_leave();
+		return read_window(mm, gfn, offset, buf, len);
+	} else if (entry_is_leaf(l.entry)) {
 		r = read_frame(mm, gfn, &l, offset, buf, len);
-	else if (!entry_is_none(l.entry) || (reg->flags & KAGE_REGION_TRAP && reg->touch))
+	} else if (!entry_is_none(l.entry) || (reg->flags & KAGE_REGION_TRAP && reg->touch)) {
 		r = KAGE_RETRY;
-	else
+	} else {
 		r = read_untouched(mm, reg, gfn, offset, buf, len);
+	}
 	rcu_leave();
 	return r;
 }
@@ -135,20 +162,44 @@ static int write_check(struct mm *mm, gpa_t gpa, size_t len)
 	return r;
 }
 
+/* Where a held page is written: its frame, or (kernel's COW) its window. Trapped memory has to be there first. */
+static int write_place(struct mm *mm, struct mm_fault *f, struct brlock_held held, char **place)
+{
+	const struct region *reg = mm_region(mm, f->gfn);
+	struct mm_lookup l = mm_lookup(mm, f->gfn);
+	int r;
+
+	*place = NULL;
+	if (!reg || !(reg->prot & KAGE_WRITE))
+		return KAGE_MMIO;
+	if (mm_native(mm) && !(entry_is_none(l.entry) && reg->flags & KAGE_REGION_TRAP))
+		*place = mm->mirror->ops->window(mm->mirror, f->gfn);
+	if (*place)
+		return KAGE_OK;
+	r = mm_fault_held(mm, f, held);
+	if (r == KAGE_OK)
+		*place = pfn_hva(mm->host->pool, f->pfn);
+	return r;
+}
+
 static int write_page(struct mm *mm, struct notify_reader *reader, gpa_t gpa, const void *buf, size_t len)
 {
 	struct mm_fault f = { .gfn = gpa_gfn(gpa), .access = KAGE_WRITE, .reader = reader };
+	struct brlock_held held;
+	char *place;
 	int r;
 
 	notify_read_begin(reader, f.gfn, gfn_add(f.gfn, 1));
-	r = mm_fault(mm, &f);
+	held = brlock_read(&mm->range);
+	r = write_place(mm, &f, held, &place);
 	if (r == KAGE_OK && !notify_read_hold(reader))
 		r = KAGE_RETRY;
 	if (r == KAGE_OK) {
 		/* again: a harvest may have come between the fault and the hold */
 		mm_mark_dirty(mm, f.gfn, 1);
-		guest_copy((char *)pfn_hva(mm->host->pool, f.pfn) + gpa_offset(gpa), buf, len);
+		guest_copy(place + gpa_offset(gpa), buf, len);
 	}
+	brlock_read_drop(&mm->range, held);
 	notify_read_end(reader);
 	return r;
 }

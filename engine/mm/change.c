@@ -11,6 +11,7 @@
  *  C3  every start that succeeded gets its end, also on error.
  */
 #include "mm/change.h"
+#include "mm/mirror.h"
 
 static int change_start(struct change *c)
 {
@@ -45,10 +46,38 @@ static void change_end(struct change *c)
 	}
 }
 
+/*
+ * A change that puts equal contents in the place of others relies on what entries
+ * say. Of a mirrored guest that is only true of pages which have not diverged, and
+ * with writes blocked, as they are now, none can begin to.
+ */
+static int change_settled(const struct change *c)
+{
+	if (c->adopts || !(c->flags & KAGE_RANGE_SAME_CONTENT))
+		return 0;
+	for (unsigned i = 0; i < c->targets; i++) {
+		const struct change_target *t = &c->target[i];
+		struct mirror *m = t->mm->mirror;
+		uint64_t map[MIRROR_WORDS], any = 0;
+
+		if (!m)
+			continue;
+		kage_assert(t->notify.end.v - t->notify.start.v <= BLOCK_PAGES);
+		m->ops->diverged(m, t->notify.start, (unsigned)(t->notify.end.v - t->notify.start.v), map);
+		for (unsigned w = 0; w < MIRROR_WORDS; w++)
+			any |= map[w];
+		if (any)
+			return -ESTALE;
+	}
+	return 0;
+}
+
 static int change_commit(struct change *c)
 {
-	int r = c->ops->inspect ? c->ops->inspect(c) : 0;
+	int r = change_settled(c);
 
+	if (r == 0 && c->ops->inspect)
+		r = c->ops->inspect(c);
 	if (r)
 		return r;
 	if (c->ops->lock)

@@ -50,12 +50,16 @@ struct change {
 	uint32_t flags;  /* enum kage_range_flags */
 	uint32_t lost;   /* permissions that go; 0: all */
 	const void *owner;
+	bool adopts; /* takes care itself of pages that the host kernel has made private (mm/mirror.h) */
 	struct notify_reader *self; /* the reader of target[0] on whose behalf this is done */
 	/* out: the funnel */
 	struct dead dead;
 };
 
-/* 0, -EAGAIN, -ENOMEM, -ETIMEDOUT, -EDEADLK, or what prepare and recheck return. */
+/*
+ * 0, -EAGAIN, -ENOMEM, -ETIMEDOUT, -EDEADLK, or what prepare and recheck return.
+ * -ESTALE: the host kernel has made a page of a target private; adopt it, then plan again.
+ */
 int change_run(struct change *c);
 
 #endif

@@ -12,6 +12,9 @@
  *  K2  memory that may be written without the engine's knowledge (pinned pages,
  *      EXTERNAL regions) is copied into the child before end, so the parent's
  *      frames stay where they are and stay the parent's.
+ *  K4  a mirrored parent (mm/mirror.h) shares frames only: what the host kernel made private is adopted
+ *      before. Then its windows are frozen, mapped MAP_PRIVATE: that is the snapshot. 2 MiB runs that hold no
+ *      memory stay the parent's, as they are mapped; the child has holes of its own there.
  *  K3  both sides get a layer below the parent's old one; a parent whose layer
  *      has no frame yet keeps it and the child goes beside it.
  *
@@ -20,6 +23,7 @@
 #include "base/guest.h"
 #include "mm/change.h"
 #include "mm/layer.h"
+#include "mm/mirror.h"
 #include "mm/region.h"
 
 struct clone {
@@ -29,6 +33,8 @@ struct clone {
 	struct layer *parent_layer, *child_layer; /* parent_layer NULL: it keeps its own */
 	struct regions *parent_set, *child_set;
 	struct dead dead; /* entries of the child that were replaced by copies */
+	struct gfn_range *kept; /* K4: what a mirrored parent does not share */
+	unsigned holes, nkept, kept_room; /* the first `holes` of them are holes */
 };
 
 /* -- copying what must not be shared (K2) -------------------------------------------- */
@@ -102,6 +108,58 @@ static int clone_copies(struct clone *k)
 	return r;
 }
 
+/* -- a mirrored parent (K4) -------------------------------------------------------------- */
+
+static int keep_range(struct mm *parent, gfn_t start, uint64_t npages, void *arg)
+{
+	struct clone *k = arg;
+	struct env *env = parent->host->env;
+	struct gfn_range *more;
+
+	if (k->nkept == k->kept_room) {
+		more = env_alloc(env, (2 * k->kept_room + 16) * sizeof(*more));
+		if (!more)
+			return -ENOMEM;
+		if (k->nkept)
+			memcpy(more, k->kept, k->nkept * sizeof(*more));
+		env_free(env, k->kept, k->kept_room * sizeof(*more));
+		k->kept = more;
+		k->kept_room = 2 * k->kept_room + 16;
+	}
+	k->kept[k->nkept++] = (struct gfn_range){ start, gfn_add(start, npages) };
+	return 0;
+}
+
+static int mirror_freeze(struct clone *k)
+{
+	struct mirror *m = k->parent->mirror;
+	int r = mm_own_holes(k->parent, &k->kept, &k->holes, &k->kept_room);
+
+	k->nkept = k->holes;
+	if (r == 0)
+		r = mm_each_pin(k->parent, keep_range, k); /* copied, not dropped */
+	if (r == 0)
+		r = m->ops->freeze(m, k->kept, k->nkept);
+	return r;
+}
+
+/* The child's holes are its own: it has no entry there. */
+static int child_drop_holes(struct clone *k)
+{
+	int r = 0;
+
+	for (unsigned i = 0; r == 0 && i < k->holes; i++) {
+		gfn_t start = k->kept[i].start, end = k->kept[i].end;
+
+		r = table_cut(k->child, start);
+		if (r == 0)
+			r = table_cut(k->child, end);
+		if (r == 0)
+			table_zap(k->child, start, end, &k->dead);
+	}
+	return r;
+}
+
 /* -- the change --------------------------------------------------------------------------- */
 
 static int clone_prepare(struct change *c)
@@ -141,9 +199,13 @@ static void clone_share_root(struct clone *k)
 static int clone_recheck(struct change *c)
 {
 	struct clone *k = container_of(c, struct clone, c);
+	int r = k->parent->mirror ? mirror_freeze(k) : 0;
 
+	if (r)
+		return r;
 	clone_share_root(k);
-	return clone_copies(k);
+	r = child_drop_holes(k);
+	return r ? r : clone_copies(k);
 }
 
 static void clone_commit(struct change *c)
@@ -201,10 +263,14 @@ int mm_clone(struct mm *parent, struct mm *child)
 	k.c.target = &k.target;
 	brlock_write(&f->lock);
 	brlock_write(&parent->range);
-	r = change_run(&k.c);
+	if (parent->mirror)
+		r = mm_adopt_diverged(parent, GFN(0), GFN((uint64_t)1 << GFN_BITS));
+	if (r == 0)
+		r = change_run(&k.c);
 	brlock_write_drop(&parent->range);
 	brlock_write_drop(&f->lock);
 	dead_release(parent->host->pool, &k.dead);
+	env_free(parent->host->env, k.kept, k.kept_room * sizeof(*k.kept));
 	if (r)
 		notify_finish(&child->notify);
 	return r;

@@ -24,6 +24,7 @@
  */
 #include "mm/change.h"
 #include "mm/dirty.h"
+#include "mm/mirror.h"
 #include "mm/region.h"
 
 #define CHUNK_SHIFT 15
@@ -381,13 +382,26 @@ static void take_bitmap(struct harvest *h, gfn_t gfn, uint64_t bits)
 		bitmap_or(h, at + 1, bits >> (64 - shift));
 }
 
+/* What a mirror's hardware logged goes into all open logs first. */
+static int64_t harvest(struct harvest *h)
+{
+	struct mm *mm = h->log->mm;
+	struct brlock_held held = brlock_read(&mm->range);
+	int r = mm->mirror ? mm->mirror->ops->harvest(mm->mirror, h->start, h->end) : 0;
+
+	brlock_read_drop(&mm->range, held);
+	if (r)
+		return r;
+	return log_clean(h->log, h->start, h->end) ? 0 : harvest_run(h);
+}
+
 int64_t dirty_collect_bitmap(struct dirty_log *log, gfn_t start, uint64_t npages, uint64_t *bitmap)
 {
 	struct harvest h = { .log = log, .start = start, .end = gfn_add(start, npages), .take = take_bitmap,
 			     .bitmap = bitmap };
 
 	memset(bitmap, 0, (npages + 63) / 64 * 8);
-	return log_clean(log, start, h.end) ? 0 : harvest_run(&h);
+	return harvest(&h);
 }
 
 static void take_runs(struct harvest *h, gfn_t gfn, uint64_t bits)
@@ -416,7 +430,7 @@ int64_t dirty_collect_runs(struct dirty_log *log, gfn_t start, uint64_t npages, 
 	struct harvest h = { .log = log, .start = start, .end = gfn_add(start, npages), .take = take_runs,
 			     .run = run, .room = room };
 
-	return log_clean(log, start, h.end) ? 0 : harvest_run(&h);
+	return harvest(&h);
 }
 
 /* -- opening and closing ----------------------------------------------------------------- */
@@ -432,6 +446,12 @@ static void log_unlink(struct mm *mm, struct dirty_log *log)
 	lock_drop(&mm->dirty_lock);
 }
 
+/* The mirror's hardware logs writes as long as somebody wants to know. mm->range held. */
+static int mirror_track(struct mm *mm)
+{
+	return mm->mirror ? mm->mirror->ops->track(mm->mirror, mm_dirty_logged(mm)) : 0;
+}
+
 static void log_reclaim(struct defer_node *node, void *arg)
 {
 	log_free(container_of(node, struct dirty_log, defer));
@@ -439,8 +459,29 @@ static void log_reclaim(struct defer_node *node, void *arg)
 
 void dirty_close(struct dirty_log *log)
 {
+	struct brlock_held held = brlock_read(&log->mm->range);
+
 	log_unlink(log->mm, log);
+	mirror_track(log->mm); /* that it logs on costs time, nothing else */
+	brlock_read_drop(&log->mm->range, held);
 	defer_add(&log->env->defer, &log->defer, log_reclaim, NULL);
+}
+
+static int log_link(struct mm *mm, struct dirty_log *log)
+{
+	struct brlock_held held = brlock_read(&mm->range);
+	int r = mm->mirror && log->kind == KAGE_DIRTY_ACCESSED ? -EOPNOTSUPP : 0; /* KVM does not say who read */
+
+	if (r == 0 && mm->mirror)
+		r = mm->mirror->ops->track(mm->mirror, true);
+	if (r == 0) {
+		lock_take(&mm->dirty_lock);
+		atomic_store(&log->next, atomic_load(&mm->dirty));
+		atomic_store(&mm->dirty, log);
+		lock_drop(&mm->dirty_lock);
+	}
+	brlock_read_drop(&mm->range, held);
+	return r;
 }
 
 int dirty_open(struct mm *mm, uint32_t kind, uint32_t flags, struct dirty_log **out)
@@ -455,10 +496,11 @@ int dirty_open(struct mm *mm, uint32_t kind, uint32_t flags, struct dirty_log **
 	log->env = mm->host->env;
 	log->kind = kind;
 	log->flags = flags;
-	lock_take(&mm->dirty_lock);
-	atomic_store(&log->next, atomic_load(&mm->dirty));
-	atomic_store(&mm->dirty, log);
-	lock_drop(&mm->dirty_lock);
+	r = log_link(mm, log);
+	if (r) {
+		env_free(log->env, log, sizeof(*log));
+		return r;
+	}
 	/* translations from before did not mark: they go, and from here on everybody sees the log */
 	h.log = log;
 	r = (int)harvest_run(&h);

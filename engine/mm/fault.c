@@ -13,6 +13,8 @@
  *  A1  mm->range is held for reading from walk to commit: no clone, no change of
  *      regions, no destroy in between. So an effective W stays, and exclusive
  *      tables stay where they are.
+ *      Under a mirror, instead of all below the lookup: mm_adopt() (mirror.c).
+ *
  *  A2  the source of a COW break does not change while it is copied: our entry
  *      maps it without W and keeps its reference; only this guest could find it
  *      exclusive and set W, and then the recheck sees another entry.
@@ -28,6 +30,7 @@
  */
 #include "base/guest.h"
 #include "mm/change.h"
+#include "mm/mirror.h"
 #include "mm/region.h"
 #include "mm/layer.h"
 #include "mm/stable.h"
@@ -340,6 +343,39 @@ static int fault_fill(struct mm *mm, struct mm_fault *f, const struct region *re
 	return FAULT_AGAIN;
 }
 
+int mm_fill(struct mm *mm, gfn_t start, gfn_t end)
+{
+	while (start.v < end.v) {
+		const struct region *reg = mm_region(mm, start);
+		struct mm_lookup l = mm_lookup(mm, start);
+		struct mm_fault f = { .gfn = start };
+		unsigned level = reg && entry_is_none(l.entry) ? 3 : 0;
+		struct cursor c;
+		int r = FAULT_AGAIN;
+
+		if (!reg)
+			return -ENOENT;
+		if (reg->kind != KAGE_REGION_ANON || reg->flags & KAGE_REGION_TRAP) {
+			start = region_end(reg);
+			continue;
+		}
+		while (r == FAULT_AGAIN && level-- > 0) {
+			if (!level_fits(mm, reg, start, level) || start.v % level_pages(level) ||
+			    end.v - start.v < level_pages(level))
+				continue;
+			r = table_own(mm, start, level, true, &c);
+			if (r == 0)
+				r = c.level == level && entry_is_none(c.entry) ? fill_home(mm, &f, reg, &c) : FAULT_AGAIN;
+		}
+		if (r != KAGE_OK && r != FAULT_AGAIN)
+			return r;
+		if (r == FAULT_AGAIN) /* there is something, or its home is taken */
+			level = entry_is_leaf(l.entry) ? l.level : 0;
+		start = GFN(ALIGN_DOWN(start.v, level_pages(level)) + level_pages(level));
+	}
+	return 0;
+}
+
 /* -- entry ------------------------------------------------------------------------------- */
 
 static int fault_finish(struct mm *mm, struct mm_fault *f, const struct region *reg, bool writable)
@@ -357,9 +393,19 @@ static int fault_finish(struct mm *mm, struct mm_fault *f, const struct region *
 	return KAGE_OK;
 }
 
+/*
+ * A mirrored guest gets pages of its own by adoption. Under native policy that goes for
+ * reads as well: a frame that others share is not kept in step with the window.
+ */
+static bool fault_adopts(const struct mm *mm, const struct region *reg)
+{
+	return mm->mirror && reg->kind != KAGE_REGION_FOREIGN;
+}
+
 static int fault_once(struct mm *mm, struct mm_fault *f, const struct region *reg)
 {
-	bool exclusive = f->access & KAGE_WRITE || f->unshare;
+	bool adopts = fault_adopts(mm, reg);
+	bool exclusive = f->access & KAGE_WRITE || f->unshare || (adopts && mm_native(mm));
 	struct mm_lookup l;
 	int r;
 
@@ -373,6 +419,10 @@ static int fault_once(struct mm *mm, struct mm_fault *f, const struct region *re
 		f->level = l.level;
 		mm_count(mm, faults_spurious);
 		return fault_finish(mm, f, reg, l.writable);
+	}
+	if (adopts && (exclusive || reg->kind == KAGE_REGION_ANON)) {
+		r = mm_adopt_page(mm, f->gfn, f->reader, f->owner);
+		return r == KAGE_OK || r == -EAGAIN ? FAULT_AGAIN : r;
 	}
 	if (entry_is_leaf(l.entry))
 		r = fault_write(mm, f, reg);

@@ -50,6 +50,7 @@
 struct mm;
 struct layer;
 struct dirty_log;
+struct mirror;
 
 struct region {
 	gfn_t start;
@@ -75,7 +76,7 @@ struct regions {
 #define MM_COUNTERS(X)                                                                           \
 	X(faults) X(faults_spurious) X(faults_retried) X(cow_breaks) X(cow_reused)               \
 	X(tables_unshared) X(blocks_split) X(changes) X(changes_raced) X(clones)                 \
-	X(pages_discarded) X(ksm_merges) X(ksm_unmerges) X(ksm_zero_pages)
+	X(pages_discarded) X(ksm_merges) X(ksm_unmerges) X(ksm_zero_pages) X(pages_adopted) X(pages_broken)
 
 struct mm_counters {
 #define X(name) _Atomic int64_t name;
@@ -97,6 +98,8 @@ struct host {
 	struct stable_table *stable_table;
 	struct mm_counters retired; /* of destroyed guests */
 	_Atomic uint64_t stable_frames; /* FRAME_STABLE frames in use */
+	_Atomic uint64_t map_budget; /* host mappings that all mirrors may have; 0: nobody has said */
+	_Atomic uint32_t mirrors;
 	bool limited; /* a memory limit is set: map 4 KiB pieces only, so that charging is exact */
 };
 
@@ -146,6 +149,7 @@ struct mm {
 	void *owner; /* the API's object */
 	void *merge; /* what merging knows of this guest */
 	bool leaving; /* merging has let go of it for good */
+	struct mirror *mirror; /* NULL: none (mm/mirror.h). Changes with family and range held for writing */
 	struct notify notify;
 };
 

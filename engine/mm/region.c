@@ -10,6 +10,7 @@
 #include "mm/region.h"
 #include "mm/change.h"
 #include "mm/layer.h"
+#include "mm/mirror.h"
 
 /* -- sets ------------------------------------------------------------------- */
 
@@ -188,7 +189,7 @@ static void regions_cut(struct regions *set, gfn_t gfn)
 		extent_get(e, 1);
 }
 
-/* -- map ------------------------------------------------------------------------ */
+/* -- what a region may be ------------------------------------------------------------ */
 
 static int region_check(const struct kage_region *c)
 {
@@ -251,6 +252,44 @@ static bool regions_overlap(const struct regions *set, const struct region *r)
 	return false;
 }
 
+/* -- the mirror has windows where there are regions --------------------------------- */
+
+static int mirror_prepare(struct mm *mm, const struct regions *next)
+{
+	return mm->mirror ? mm->mirror->ops->regions_prepare(mm->mirror, next) : 0;
+}
+
+/* The new set is installed. */
+static void mirror_commit(struct mm *mm)
+{
+	if (mm->mirror)
+		mm->mirror->ops->regions_commit(mm->mirror, mm->regions);
+}
+
+static void mirror_cancel(struct mm *mm)
+{
+	if (mm->mirror)
+		mm->mirror->ops->regions_cancel(mm->mirror);
+}
+
+/* -- map ------------------------------------------------------------------------ */
+
+/* Installs a set with one region more, that nobody has touched yet. A mirror wants it filled first. */
+static int regions_extend(struct mm *mm, struct regions *set, const struct region *r)
+{
+	int err;
+
+	regions_insert(set, r);
+	err = mirror_prepare(mm, set);
+	if (err)
+		return err;
+	regions_replace(mm, set);
+	if (mm->mirror)
+		mm_fill(mm, r->start, region_end(r)); /* what stays empty is mapped as anonymous memory */
+	mirror_commit(mm);
+	return 0;
+}
+
 int mm_map(struct mm *mm, const struct kage_region *cfg)
 {
 	struct host *h = mm->host;
@@ -270,12 +309,12 @@ int mm_map(struct mm *mm, const struct kage_region *cfg)
 		goto out;
 	set = regions_copy(h, mm->regions, 1);
 	err = set ? region_open(mm, cfg, &r) : -ENOMEM;
+	if (!err)
+		err = regions_extend(mm, set, &r);
 	if (err) {
 		regions_free(h, set);
 		goto out;
 	}
-	regions_insert(set, &r);
-	regions_replace(mm, set);
 	mm_mark_changed(mm, r.start, r.npages);
 	trace(h->env, map, mm->id, r.start.v, r.npages);
 out:
@@ -314,7 +353,9 @@ static int zap_prepare(struct change *c)
 
 	if (!r)
 		r = table_cut(mm, z->start);
-	return r ? r : table_cut(mm, z->end);
+	if (!r)
+		r = table_cut(mm, z->end);
+	return r || !z->set ? r : mirror_prepare(mm, z->set);
 }
 
 static void zap_commit(struct change *c)
@@ -322,14 +363,18 @@ static void zap_commit(struct change *c)
 	struct zap *z = container_of(c, struct zap, c);
 
 	table_zap(z->target.mm, z->start, z->end, &c->dead);
-	if (z->set)
-		regions_replace(z->target.mm, z->set);
+	if (!z->set)
+		return;
+	regions_replace(z->target.mm, z->set);
+	mirror_commit(z->target.mm);
 }
 
 static void zap_cancel(struct change *c)
 {
 	struct zap *z = container_of(c, struct zap, c);
 
+	if (z->set)
+		mirror_cancel(z->target.mm);
 	regions_free(z->target.mm->host, z->set);
 }
 
@@ -419,21 +464,32 @@ struct protect {
 	struct regions *set;
 };
 
+static int protect_prepare(struct change *c)
+{
+	struct protect *p = container_of(c, struct protect, c);
+
+	return mirror_prepare(p->target.mm, p->set);
+}
+
 static void protect_commit(struct change *c)
 {
 	struct protect *p = container_of(c, struct protect, c);
 
 	regions_replace(p->target.mm, p->set);
+	mirror_commit(p->target.mm);
 }
 
 static void protect_cancel(struct change *c)
 {
 	struct protect *p = container_of(c, struct protect, c);
 
+	mirror_cancel(p->target.mm);
 	regions_free(p->target.mm->host, p->set);
 }
 
-static const struct change_ops protect_ops = { .commit = protect_commit, .cancel = protect_cancel };
+static const struct change_ops protect_ops = {
+	.prepare = protect_prepare, .commit = protect_commit, .cancel = protect_cancel,
+};
 
 /* Runs `edit` on the regions of a range, cut out; `lost` collects permissions that go. */
 static int regions_edit(struct mm *mm, gfn_t start, uint64_t npages,
@@ -459,7 +515,13 @@ static int regions_edit(struct mm *mm, gfn_t start, uint64_t npages,
 		return r;
 	}
 	if (!lost) { /* nothing that anybody cached becomes wrong */
+		r = mirror_prepare(mm, set);
+		if (r) {
+			regions_free(mm->host, set);
+			return r;
+		}
 		regions_replace(mm, set);
+		mirror_commit(mm);
 		return 0;
 	}
 	struct protect p = {

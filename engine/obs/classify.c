@@ -7,39 +7,10 @@
  * are looked at. Read without locks: the answer is true for some instant of the
  * call, page by page.
  */
+#include "mm/mirror.h"
 #include "mm/region.h"
 #include "mm/table.h"
 #include "obs/obs.h"
-
-/* Some table on the path to gfn is shared. Inside a read section. */
-static bool path_shared(const struct mm *mm, gfn_t gfn)
-{
-	const struct pool *pool = mm->host->pool;
-	entry_t e = entry_load((const entry_t *)&mm->root);
-	unsigned level = root_level(e) + 1;
-
-	while (entry_is_table(e)) {
-		if (READ_ONCE(pfn_frame(pool, entry_pfn(e))->refs) > 1)
-			return true;
-		level--;
-		e = entry_load(table_entries(pool, entry_pfn(e)) + level_index(gfn, level));
-	}
-	return false;
-}
-
-static bool leaf_private(const struct mm *mm, const struct mm_lookup *l, gfn_t gfn)
-{
-	const struct pool *pool = mm->host->pool;
-
-	if (l->writable)
-		return true;
-	if (path_shared(mm, gfn))
-		return false;
-	if (l->level == 0)
-		return frame_exclusive(mm->host, l->pfn);
-	return (l->level == 1 ? pfn_block(pool, entry_pfn(l->entry))->refs :
-				pfn_block(pool, entry_pfn(l->entry))->giant) == 1;
-}
 
 static uint8_t leaf_class(struct mm *mm, const struct mm_lookup *l, gfn_t gfn, const struct region *reg)
 {
@@ -48,11 +19,11 @@ static uint8_t leaf_class(struct mm *mm, const struct mm_lookup *l, gfn_t gfn, c
 	if (l->entry & ENTRY_SPECIAL)
 		return pfn_is_zero(l->pfn) ? KAGE_PAGE_ZERO : KAGE_PAGE_DEVICE;
 	if (l->level > 0) /* blocks lie at home; their frames' metadata stays unread, and so unpopulated */
-		return leaf_private(mm, l, gfn) ? KAGE_PAGE_HOME : KAGE_PAGE_CLONE;
+		return mm_exclusive(mm, gfn, l) ? KAGE_PAGE_HOME : KAGE_PAGE_CLONE;
 	kind = frame_kind(pfn_frame(mm->host->pool, l->pfn));
 	if (kind == FRAME_STABLE)
 		return KAGE_PAGE_MERGED;
-	if (!leaf_private(mm, l, gfn))
+	if (!mm_exclusive(mm, gfn, l))
 		return KAGE_PAGE_CLONE;
 	return kind == FRAME_HOME ? KAGE_PAGE_HOME : KAGE_PAGE_PRIVATE;
 }
@@ -93,7 +64,9 @@ static uint64_t classify_run(struct mm *mm, gfn_t gfn, uint64_t n, struct holes 
 	if (reg && entry_is_leaf(l.entry))
 		class = leaf_class(mm, &l, gfn, reg);
 	else if (reg)
-		class = entry_state(l.entry) == ENTRY_POISON ? KAGE_PAGE_POISON : KAGE_PAGE_UNTOUCHED;
+		class = entry_state(l.entry) == ENTRY_POISON       ? KAGE_PAGE_POISON :
+			entry_state(l.entry) == ENTRY_HOST_PRIVATE ? KAGE_PAGE_HOST_PRIVATE :
+								     KAGE_PAGE_UNTOUCHED;
 	memset(map, class, run);
 	if (entry_is_leaf(l.entry) && !(l.entry & ENTRY_SPECIAL) &&
 	    (l.level > 0 || frame_kind(pfn_frame(mm->host->pool, l.pfn)) == FRAME_HOME))

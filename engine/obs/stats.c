@@ -35,6 +35,10 @@ static void add_class(struct kage_stats *out, uint8_t class)
 	case KAGE_PAGE_MERGED:
 		out->pages_shared_merge++;
 		break;
+	case KAGE_PAGE_HOST_PRIVATE:
+		out->pages_private++;
+		out->pages_host_private++;
+		break;
 	case KAGE_PAGE_ZERO:
 		out->pages_zero++;
 		break;

@@ -13,6 +13,7 @@
 #include <kage/notifier.h>
 #include <kage/dirty.h>
 #include <kage/stats.h>
+#include <kage/kvm.h>
 
 KAGE_BEGIN
 

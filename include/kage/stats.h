@@ -71,6 +71,9 @@ struct kage_stats {
 	uint64_t tlb_flushes;    /**< whole-context flushes */
 	uint64_t shootdowns;     /**< membarrier rounds */
 	uint64_t window_waits;   /**< windows waited for */
+
+	/* KVM: of the pages above, those in memory of the host kernel's, outside of the pool (kvm.h) */
+	uint64_t pages_host_private;
 };
 
 /**
@@ -85,13 +88,14 @@ enum kage_dump_what {
 	KAGE_DUMP_SHADOW = 1,  /**< its shadow tables */
 	KAGE_DUMP_GUEST = 2,   /**< the guest's own tables, from the registers of its first vCPU */
 	KAGE_DUMP_REGIONS = 3,
+	KAGE_DUMP_MIRROR = 4,  /**< what a KVM guest's windows map, run by run (kvm.h) */
 };
 
 enum kage_dump_format { KAGE_DUMP_TEXT = 0, KAGE_DUMP_JSON = 1 };
 
 /**
  * Writes a dump to a descriptor. Returns KAGE_OK, -EINVAL, -ENOENT (GUEST or
- * SHADOW of a guest that never had a vCPU), -ENOMEM, or the errno of write(2).
+ * SHADOW of a guest that never had a vCPU, MIRROR of one that is not attached), -ENOMEM, or the errno of write(2).
  */
 KAGE_API int kage_dump(struct kage_vm *vm, enum kage_dump_what what, enum kage_dump_format format, int fd);
 
@@ -106,6 +110,7 @@ enum kage_page_class {
 	KAGE_PAGE_ZERO = 6,      /**< the zero frame */
 	KAGE_PAGE_DEVICE = 7,    /**< FILE or FOREIGN memory */
 	KAGE_PAGE_POISON = 8,
+	KAGE_PAGE_HOST_PRIVATE = 9, /**< private, in a page of the host kernel's that is not adopted yet (kvm.h) */
 };
 
 /**

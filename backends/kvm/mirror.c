@@ -1,0 +1,601 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The mirror as a listener: what happens to windows while an mm changes.
+ *
+ *      change                     mirror                         guest
+ *      start ───────────────────► waits for overlapping changes
+ *                                 blocks writes to the range     a write waits in the kernel
+ *      has it diverged? ────────► looks (scan.c)
+ *      commit
+ *      end ─────────────────────► maps what the table says now
+ *                                 wakes ────────────────────────► the write goes to the new page
+ *
+ * Blocking is write protection by userfaultfd: the range is registered, which
+ * also splits its VMAs where the replacement will need them split, so that a
+ * change which may be given up fails here, and not in its end. Nobody reads the events:
+ * waiters are woken when the mapping has been replaced. Where the kernel cannot
+ * do it, the embedder's pause() stops all writers instead.
+ *
+ * Invariants: W1 to W3 in internal.h, V1 to V5 in mm/mirror.h.
+ *  B1  writes to a page were blocked, and it was seen not to be diverged after that, before sync replaces its
+ *      mapping; or its contents are dropped; or freeze flips it from SHARED to PRIVATE, which loses nothing.
+ *
+ * Locks taken: k->lock, k->pause_lock; the table is read lock-free.
+ */
+#include <sys/mman.h>
+
+#include "helper.h"
+#include "internal.h"
+#include "scan.h"
+
+/* -- one mapping --------------------------------------------------------------------- */
+
+static int ballast_map(struct kage_kvm *k)
+{
+	char *at = mmap(NULL, BALLAST_PAGES * PAGE_SIZE, PROT_NONE,
+			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (at == MAP_FAILED)
+		return -errno;
+	for (unsigned i = 1; i < BALLAST_PAGES; i += 2)
+		mprotect(at + i * PAGE_SIZE, PAGE_SIZE, PROT_READ);
+	k->ballast = at;
+	return 0;
+}
+
+void ballast_drop(struct kage_kvm *k)
+{
+	if (k->ballast)
+		munmap(k->ballast, BALLAST_PAGES * PAGE_SIZE);
+	k->ballast = NULL;
+}
+
+/* Not when it would take what a mapping has just been given up for. */
+void ballast_fill(struct kage_kvm *k)
+{
+	if (!k->ballast)
+		ballast_map(k);
+}
+
+static void *map_at(struct kage_kvm *k, const struct run *want, void *at)
+{
+	const struct extent *e = want->kind == RUN_ZERO ? NULL : pool_extent(k->pool, want->pfn);
+	int prot =
+	    e && e->kind == EXTENT_DEVICE && want->kind == RUN_SHARED ? e->prot : PROT_READ | PROT_WRITE;
+	int flags = want->kind == RUN_SHARED ? MAP_SHARED : MAP_PRIVATE;
+	uint64_t offset = 0;
+	int fd = -1;
+
+	if (want->kind == RUN_ZERO)
+		flags |= MAP_ANONYMOUS;
+	else if (pool_file(k->pool, want->pfn, &fd, &offset))
+		return MAP_FAILED;
+	helper_own(k, at, want->npages << PAGE_SHIFT);
+	at = mmap(at, want->npages << PAGE_SHIFT, prot, flags | MAP_FIXED | MAP_NORESERVE, fd, (off_t)offset);
+	helper_own_end(k);
+	return at;
+}
+
+/* A trap is needed where the table has to hear of a touch, or of a write, before it happens. */
+uint64_t mirror_mode(const struct kage_kvm *k, const struct run *run)
+{
+	const struct region *reg;
+	bool trap;
+
+	if (k->uffd.fd < 0 || k->abandoned)
+		return 0;
+	if (run->kind == RUN_SHARED)
+		return k->events ? UFFDIO_REGISTER_MODE_WP : 0;
+	if (k->mirror.exact)
+		return run->kind == RUN_PRIVATE ? UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR |
+						      UFFDIO_REGISTER_MODE_WP
+						: UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP;
+	if (run->kind != RUN_ZERO)
+		return k->events ? UFFDIO_REGISTER_MODE_WP : 0;
+	rcu_enter();
+	reg = mm_region(k->mm, run->gfn);
+	trap = reg && reg->flags & KAGE_REGION_TRAP;
+	rcu_leave();
+	return (trap ? UFFDIO_REGISTER_MODE_MISSING : 0) | (k->events || (trap && k->wp) ? UFFDIO_REGISTER_MODE_WP : 0);
+}
+
+int mirror_register(struct kage_kvm *k, const struct run *run)
+{
+	uint64_t mode = mirror_mode(k, run);
+
+	return mode ? uffd_register(&k->uffd, kvm_hva(k, run->gfn), run->npages << PAGE_SHIFT, mode) : 0;
+}
+
+int mirror_map(struct kage_kvm *k, const struct run *want)
+{
+	char *at = kvm_hva(k, want->gfn);
+	size_t len = want->npages << PAGE_SHIFT;
+	int err = runs_ready(&k->runs) ? 0 : runs_reserve(&k->runs, 1);
+	void *p = err ? MAP_FAILED : map_at(k, want, at);
+
+	if (err)
+		return err;
+	if (p == MAP_FAILED && errno == ENOMEM && k->ballast) {
+		ballast_drop(k); /* what is kept back for this */
+		env_log(k->env, KAGE_LOG_WARN, "mm %llu: the process is at its limit of mappings",
+			(unsigned long long)k->mm->id);
+		p = map_at(k, want, at);
+	}
+	if (p == MAP_FAILED)
+		return -errno;
+	runs_set(&k->runs, want);
+	/* Uniform for all windows, else neighbours do not become one VMA again. */
+	madvise(at, len, MADV_DONTFORK);
+	madvise(at, len, MADV_DONTDUMP);
+	err = mirror_register(k, want);
+	if (err)
+		env_log(k->env, KAGE_LOG_ERROR, "mm %llu gfn %llx: cannot trap: errno %d",
+			(unsigned long long)k->mm->id, (unsigned long long)want->gfn.v, -err);
+	return 0;
+}
+
+/* -- what the table says --------------------------------------------------------------- */
+
+#define RUN_KEEP ((enum run_kind)3) /* whatever is there: the page is the host kernel's */
+
+/* A frame of a page without W: mapped shared already, and nobody else's? */
+static bool still_shared(const struct kage_kvm *k, gfn_t gfn, const struct mm_lookup *l)
+{
+	const struct run *run = runs_find(&k->runs, gfn);
+
+	return run && run->kind == RUN_SHARED && pfn_eq(run_pfn(run, gfn), l->pfn) &&
+	       (l->level > 0 || mm_exclusive(k->mm, gfn, l));
+}
+
+static void want_leaf(const struct kage_kvm *k, const struct region *reg, const struct mm_lookup *l,
+		      struct run *w)
+{
+	bool shared = reg->kind == KAGE_REGION_FOREIGN || reg->flags & KAGE_REGION_EXTERNAL;
+
+	w->pfn = l->pfn;
+	w->kind = shared || l->writable || still_shared(k, w->gfn, l) ? RUN_SHARED : RUN_PRIVATE;
+	if (pfn_is_zero(l->pfn)) {
+		w->pfn = PFN_NONE;
+		w->kind = RUN_ZERO;
+	}
+}
+
+/* No entry: files show themselves, anonymous memory reads zero. */
+static void want_none(const struct region *reg, struct run *w)
+{
+	const struct extent *e = atomic_load(&((struct region *)reg)->extent);
+
+	w->kind = RUN_ZERO;
+	w->pfn = PFN_NONE;
+	if (reg->kind == KAGE_REGION_ANON)
+		return;
+	w->kind = reg->kind == KAGE_REGION_FOREIGN ? RUN_SHARED : RUN_PRIVATE;
+	w->pfn = extent_pfn(e, w->gfn);
+}
+
+/* How a piece from gfn on ought to be mapped; false: not at all, there is no region. */
+static bool page_want(const struct kage_kvm *k, gfn_t gfn, struct run *w)
+{
+	const struct region *reg;
+	struct mm_lookup l;
+	uint64_t span;
+
+	rcu_enter();
+	reg = mm_region(k->mm, gfn);
+	l = mm_lookup(k->mm, gfn);
+	*w = (struct run){.gfn = gfn, .npages = 1, .kind = RUN_KEEP};
+	if (reg) {
+		span = level_pages(MIN(l.level, 2u));
+		w->npages = MIN(region_end(reg).v - gfn.v, span - gfn.v % span);
+		if (entry_is_leaf(l.entry))
+			want_leaf(k, reg, &l, w);
+		else if (entry_is_none(l.entry))
+			want_none(reg, w);
+	}
+	rcu_leave();
+	return reg != NULL;
+}
+
+static bool piece_joins(const struct run *a, const struct run *b)
+{
+	return a->npages && run_end(a).v == b->gfn.v && a->kind == b->kind &&
+	       (a->kind == RUN_ZERO || a->pfn.v + a->npages == b->pfn.v);
+}
+
+static int piece_flush(struct kage_kvm *k, struct run *piece, int64_t *pages)
+{
+	int r;
+
+	if (!piece->npages)
+		return 0;
+	r = mirror_map(k, piece);
+	if (r == 0)
+		*pages += (int64_t)piece->npages;
+	piece->npages = 0;
+	return r;
+}
+
+int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end, bool force)
+{
+	struct run piece = {.npages = 0};
+	uint64_t before = k->runs.count;
+	int64_t pages = 0;
+	int r = 0;
+
+	while (r == 0 && start.v < end.v) {
+		const struct run *cur = runs_find(&k->runs, start);
+		const struct window *w = window_find(k, start);
+		struct run want;
+
+		if (!w || !page_want(k, start, &want)) {
+			start = gfn_add(start, 1);
+			continue;
+		}
+		want.npages = MIN(MIN(want.npages, end.v - start.v), w->gfn.v + w->npages - start.v);
+		if (cur)
+			want.npages = MIN(want.npages, run_end(cur).v - start.v);
+		start = run_end(&want);
+		if (want.kind == RUN_KEEP ||
+		    (cur && !force && cur->kind == want.kind && pfn_eq(run_pfn(cur, want.gfn), want.pfn)))
+			continue;
+		if (piece_joins(&piece, &want)) {
+			piece.npages += want.npages;
+			continue;
+		}
+		r = piece_flush(k, &piece, &pages);
+		piece = want;
+	}
+	if (r == 0)
+		r = piece_flush(k, &piece, &pages);
+	if (k->runs.count < before)
+		atomic_fetch_add(&k->healed, before - k->runs.count);
+	return r ? r : pages;
+}
+
+/* -- blocking writes -------------------------------------------------------------------- */
+
+static struct blocked *blocked_overlap(struct kage_kvm *k, gfn_t start, gfn_t end)
+{
+	for (unsigned i = 0; i < BLOCKED_MAX; i++) {
+		struct blocked *b = &k->blocked[i];
+
+		if (b->used && b->start.v < end.v && start.v < b->end.v)
+			return b;
+	}
+	return NULL;
+}
+
+/* W2. k->lock is held, and dropped while waiting. */
+static int blocked_wait(struct kage_kvm *k, const struct kage_range *range, gfn_t start, gfn_t end)
+{
+	while (blocked_overlap(k, start, end)) {
+		uint32_t seen = atomic_load(&k->unblocked);
+
+		if (!(range->flags & KAGE_RANGE_BLOCKABLE))
+			return -EAGAIN;
+		lock_drop(&k->lock);
+		word_wait(&k->unblocked, seen, UINT32_MAX);
+		lock_take(&k->lock);
+	}
+	return 0;
+}
+
+/* Calls fn for the part of each run that lies in the range. */
+static int each_piece(struct kage_kvm *k, gfn_t start, gfn_t end,
+		      int (*fn)(struct kage_kvm *k, const struct run *piece))
+{
+	int r = 0;
+
+	while (r == 0 && start.v < end.v) {
+		const struct run *run = runs_from(&k->runs, start);
+		struct run piece;
+
+		if (!run || run->gfn.v >= end.v)
+			return 0;
+		piece.gfn = GFN(MAX(run->gfn.v, start.v));
+		piece.npages = MIN(run_end(run).v, end.v) - piece.gfn.v;
+		piece.pfn = run_pfn(run, piece.gfn);
+		piece.kind = run->kind;
+		r = fn(k, &piece);
+		start = run_end(&piece);
+	}
+	return r;
+}
+
+static int piece_protect(struct kage_kvm *k, const struct run *piece)
+{
+	char *at = kvm_hva(k, piece->gfn);
+	size_t len = piece->npages << PAGE_SHIFT;
+	uint64_t mode = mirror_mode(k, piece);
+	int r = 0;
+
+	if (k->mirror.exact && piece->kind == RUN_PRIVATE)
+		return 0; /* not mapped, or mapped protected: all writes trap anyhow */
+	if (piece->kind == RUN_ZERO && !(mode & UFFDIO_REGISTER_MODE_MISSING) &&
+	    !(k->uffd.features & UFFD_FEATURE_WP_UNPOPULATED))
+		madvise(at, len, MADV_POPULATE_READ); /* what is not there cannot be protected */
+	if (!mode)
+		r = uffd_register(&k->uffd, at, len, UFFDIO_REGISTER_MODE_WP);
+	return r ? r : uffd_protect(&k->uffd, at, len);
+}
+
+static int piece_unprotect(struct kage_kvm *k, const struct run *piece)
+{
+	char *at = kvm_hva(k, piece->gfn);
+	size_t len = piece->npages << PAGE_SHIFT;
+
+	if (k->mirror.exact && piece->kind == RUN_PRIVATE)
+		return 0;
+	if (mirror_mode(k, piece))
+		uffd_unprotect(&k->uffd, at, len);
+	else
+		uffd_unregister(&k->uffd, at, len); /* and with it the protection */
+	return 0;
+}
+
+static int piece_wake(struct kage_kvm *k, const struct run *piece)
+{
+	uffd_wake(&k->uffd, kvm_hva(k, piece->gfn), piece->npages << PAGE_SHIFT);
+	return 0;
+}
+
+static int block(struct kage_kvm *k, struct blocked *b)
+{
+	int r = 0;
+
+	if (k->detaching)
+		return 0;
+	b->protected = true;
+	if (k->wp)
+		r = each_piece(k, b->start, b->end, piece_protect);
+	if (r) {
+		each_piece(k, b->start, b->end, piece_unprotect);
+		each_piece(k, b->start, b->end, piece_wake);
+		b->protected = false;
+	}
+	return r;
+}
+
+static int pause_guest(struct kage_kvm *k)
+{
+	int r = 0;
+
+	if (k->wp || k->detaching)
+		return 0;
+	lock_take(&k->pause_lock);
+	if (k->paused == 0)
+		r = k->config.pause ? k->config.pause(k->config.opaque) : -EOPNOTSUPP;
+	k->paused += r == 0;
+	lock_drop(&k->pause_lock);
+	return r;
+}
+
+static void resume_guest(struct kage_kvm *k)
+{
+	if (k->wp || k->detaching)
+		return;
+	lock_take(&k->pause_lock);
+	if (--k->paused == 0 && k->config.resume)
+		k->config.resume(k->config.opaque);
+	lock_drop(&k->pause_lock);
+}
+
+static struct blocked *blocked_new(struct kage_kvm *k, const struct kage_range *range, gfn_t start, gfn_t end)
+{
+	for (unsigned i = 0; i < BLOCKED_MAX; i++) {
+		struct blocked *b = &k->blocked[i];
+
+		if (b->used)
+			continue;
+		*b = (struct blocked){.used = true,
+				      .start = start,
+				      .end = end,
+				      .id = range->id,
+				      .reserved = MIN(end.v - start.v, BLOCK_PAGES)};
+		k->reserved += b->reserved;
+		return b;
+	}
+	kage_assert(false); /* as many as the mm has changes */
+	return NULL;
+}
+
+static void blocked_free(struct kage_kvm *k, struct blocked *b)
+{
+	k->reserved -= b->reserved;
+	b->used = false;
+	atomic_fetch_add(&k->unblocked, 1);
+	word_wake(&k->unblocked);
+}
+
+static bool range_ours(const struct kage_kvm *k, const struct kage_range *range)
+{
+	return range->reason == KAGE_REASON_CLEAR && range->owner != &k->mirror;
+}
+
+static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
+{
+	struct kage_kvm *k = container_of(n, struct kage_kvm, notifier);
+	gfn_t start = gpa_gfn(GPA(range->start)), end = gpa_gfn(GPA(range->end));
+	bool same = range->flags & KAGE_RANGE_SAME_CONTENT;
+	struct blocked *b;
+	int r;
+
+	if (!range_ours(k, range))
+		return 0;
+	r = same ? pause_guest(k) : 0;
+	if (r)
+		return range->flags & KAGE_RANGE_OPTIONAL ? -ETIMEDOUT : -EAGAIN;
+	lock_take(&k->lock);
+	r = blocked_wait(k, range, start, end);
+	if (r == 0) {
+		b = blocked_new(k, range, start, end);
+		r = runs_reserve(&k->runs, k->reserved);
+		if (r == 0 && same)
+			r = block(k, b);
+		if (r)
+			blocked_free(k, b);
+	}
+	lock_drop(&k->lock);
+	if (r && same)
+		resume_guest(k);
+	return r == 0 || r == -EAGAIN ? r : -ENOMEM;
+}
+
+static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
+{
+	struct kage_kvm *k = container_of(n, struct kage_kvm, notifier);
+	gfn_t start = gpa_gfn(GPA(range->start)), end = gpa_gfn(GPA(range->end));
+	bool same = range->flags & KAGE_RANGE_SAME_CONTENT;
+	struct blocked *b = NULL;
+	int64_t pages;
+
+	if (!range_ours(k, range))
+		return;
+	lock_take(&k->lock);
+	for (unsigned i = 0; !b && i < BLOCKED_MAX; i++)
+		if (k->blocked[i].used && k->blocked[i].id == range->id)
+			b = &k->blocked[i];
+	kage_assert(b);
+	pages = mirror_sync(k, start, end, !same);
+	if (pages < 0)
+		env_corrupt(k->env, "mm %llu gfn %llx: a mapping failed, errno %d",
+			    (unsigned long long)k->mm->id, (unsigned long long)start.v, (int)-pages);
+	if (b->protected && k->wp) {
+		if (pages != (int64_t)(end.v - start.v))
+			each_piece(k, start, end, piece_unprotect);
+		each_piece(k, start, end, piece_wake);
+	}
+	WRITE_ONCE(k->mirror.scarce, k->runs.count + 8 > mirror_share(k));
+	blocked_free(k, b);
+	lock_drop(&k->lock);
+	if (same)
+		resume_guest(k);
+}
+
+/* -- the snapshot of a clone ---------------------------------------------------------------- */
+
+struct freeze {
+	const struct gfn_range *kept;
+	unsigned n;
+};
+
+/* The end of the first piece from gfn on that is kept, or is not; *kept says which. */
+static gfn_t freeze_piece(const struct kage_kvm *k, const struct freeze *f, gfn_t gfn, gfn_t end, bool *kept)
+{
+	const struct region *reg = mm_region(k->mm, gfn);
+
+	*kept = false;
+	if (reg) {
+		end = GFN(MIN(end.v, region_end(reg).v));
+		*kept = reg->flags & KAGE_REGION_EXTERNAL || reg->kind == KAGE_REGION_FOREIGN;
+	}
+	if (*kept)
+		return end;
+	for (unsigned i = 0; i < f->n; i++) {
+		if (f->kept[i].start.v <= gfn.v && gfn.v < f->kept[i].end.v) {
+			*kept = true;
+			return GFN(MIN(end.v, f->kept[i].end.v));
+		}
+		if (f->kept[i].start.v > gfn.v)
+			end = GFN(MIN(end.v, f->kept[i].start.v));
+	}
+	return end;
+}
+
+static int freeze_run(struct kage_kvm *k, const struct freeze *f, struct run run)
+{
+	gfn_t end = run_end(&run), next;
+	int r = 0;
+
+	for (gfn_t at = run.gfn; r == 0 && at.v < end.v; at = next) {
+		struct run piece = {.gfn = at, .pfn = run_pfn(&run, at), .kind = RUN_PRIVATE};
+		bool kept;
+
+		next = freeze_piece(k, f, at, end, &kept);
+		piece.npages = next.v - at.v;
+		if (kept)
+			continue;
+		r = runs_reserve(&k->runs, k->reserved + 1);
+		if (r == 0)
+			r = mirror_map(k, &piece);
+	}
+	return r;
+}
+
+static int mirror_freeze(struct mirror *m, const struct gfn_range *kept, unsigned n)
+{
+	struct kage_kvm *k = kvm_of(m);
+	struct freeze f = {kept, n};
+	const struct run *run;
+	gfn_t at = GFN(0);
+	int r = 0;
+
+	lock_take(&k->lock);
+	while (r == 0 && (run = runs_from(&k->runs, at))) {
+		struct run copy = *run;
+
+		at = run_end(&copy);
+		if (copy.kind == RUN_SHARED)
+			r = freeze_run(k, &f, copy);
+	}
+	lock_drop(&k->lock);
+	return r;
+}
+
+/* -- dirty logs ----------------------------------------------------------------------------- */
+
+static void mark(void *arg, gfn_t gfn, uint64_t npages)
+{
+	struct kage_kvm *k = arg;
+
+	mm_mark_dirty(k->mm, gfn, npages);
+}
+
+static int mirror_harvest(struct mirror *m, gfn_t start, gfn_t end)
+{
+	struct kage_kvm *k = kvm_of(m);
+	int r;
+
+	lock_take(&k->lock);
+	r = k->ring ? rings_harvest(&k->rings, &k->slots, mark, k)
+		    : slots_dirty(&k->slots, start, end, mark, k);
+	lock_drop(&k->lock);
+	return r;
+}
+
+static int mirror_track(struct mirror *m, bool on)
+{
+	struct kage_kvm *k = kvm_of(m);
+	int r;
+
+	lock_take(&k->lock);
+	r = slots_log(&k->slots, on);
+	lock_drop(&k->lock);
+	return r;
+}
+
+static void *mirror_window(struct mirror *m, gfn_t gfn)
+{
+	return kvm_hva(kvm_of(m), gfn);
+}
+
+const struct kage_notifier_ops kvm_notifier_ops = {
+    .invalidate_range_start = mirror_start,
+    .invalidate_range_end = mirror_end,
+};
+
+const struct mirror_ops kvm_mirror_ops = {
+    .regions_prepare = window_prepare,
+    .regions_commit = window_commit,
+    .regions_cancel = window_cancel,
+    .diverged = mirror_diverged,
+    .each_diverged = mirror_each_diverged,
+    .window = mirror_window,
+    .freeze = mirror_freeze,
+    .harvest = mirror_harvest,
+    .track = mirror_track,
+    .reconcile = mirror_reconcile,
+    .step = mirror_step,
+    .audit = mirror_audit,
+    .dump = mirror_dump,
+};

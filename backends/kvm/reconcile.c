@@ -1,0 +1,337 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Reconciling: finding pages whose COW the kernel broke, and what steps do for mirrors.
+ *
+ * A page of a MAP_PRIVATE or anonymous mapping has diverged when the kernel
+ * says that it is private (scan.c); without a source for that, when its bytes are
+ * not the frame's. Pages of SHARED runs cannot diverge.
+ *
+ * Mappings are counted, not measured: vm.max_map_count is one budget for the
+ * process, of which the engine takes a part, split among its mirrors. A mirror that
+ * comes near its share widens: it takes the 2 MiB with the most runs home as a whole, one
+ * mapping from then on.
+ *
+ * Locks taken: k->lock for the scans; fn of mirror_each_diverged() is called without.
+ */
+#include <time.h>
+
+#include "base/guest.h"
+#include "internal.h"
+#include "scan.h"
+
+struct found {
+	const char *base; /* address of bit 0 */
+	uint64_t *map;
+	unsigned npages;
+};
+
+static int found_run(void *arg, char *from, char *to)
+{
+	struct found *f = arg;
+
+	for (; from < to; from += PAGE_SIZE) {
+		uint64_t i = (uint64_t)(from - f->base) >> PAGE_SHIFT;
+
+		if (i < f->npages)
+			f->map[i / 64] |= (uint64_t)1 << (i % 64);
+	}
+	return 0;
+}
+
+/* Without a word from the kernel: what is not the frame's content is the guest's own. */
+static bool page_differs(struct kage_kvm *k, const struct run *piece, gfn_t gfn)
+{
+	pfn_t pfn = piece->kind == RUN_ZERO ? PFN_ZERO : run_pfn(piece, gfn);
+	entry_t e;
+
+	rcu_enter();
+	e = mm_lookup(k->mm, gfn).entry;
+	rcu_leave();
+	return entry_state(e) == ENTRY_HOST_PRIVATE ||
+	       guest_compare(kvm_hva(k, gfn), pfn_hva(k->pool, pfn), PAGE_SIZE) != 0;
+}
+
+static void piece_diverged(struct kage_kvm *k, const struct run *piece, struct found *f)
+{
+	char *at = kvm_hva(k, piece->gfn);
+
+	if (scan_private(&k->features, at, piece->npages << PAGE_SHIFT, found_run, f) != -EOPNOTSUPP)
+		return;
+	for (gfn_t g = piece->gfn; g.v < run_end(piece).v; g.v++)
+		if (page_differs(k, piece, g))
+			found_run(f, kvm_hva(k, g), kvm_hva(k, g) + PAGE_SIZE);
+}
+
+/* k->lock held. */
+static void range_diverged(struct kage_kvm *k, gfn_t start, unsigned npages, uint64_t map[MIRROR_WORDS])
+{
+	gfn_t end = gfn_add(start, npages);
+
+	memset(map, 0, MIRROR_WORDS * sizeof(map[0]));
+	for (gfn_t at = start; at.v < end.v;) {
+		const struct run *run = runs_from(&k->runs, at);
+		struct found f = {.map = map, .npages = npages};
+		struct run piece;
+
+		if (!run || run->gfn.v >= end.v)
+			return;
+		piece.gfn = GFN(MAX(run->gfn.v, at.v));
+		piece.npages = MIN(run_end(run).v, end.v) - piece.gfn.v;
+		piece.pfn = run_pfn(run, piece.gfn);
+		piece.kind = run->kind;
+		f.base = kvm_hva(k, piece.gfn) - ((piece.gfn.v - start.v) << PAGE_SHIFT);
+		if (piece.kind != RUN_SHARED)
+			piece_diverged(k, &piece, &f);
+		at = run_end(&piece);
+	}
+}
+
+void mirror_diverged(struct mirror *m, gfn_t start, unsigned npages, uint64_t map[MIRROR_WORDS])
+{
+	struct kage_kvm *k = kvm_of(m);
+
+	lock_take(&k->lock);
+	range_diverged(k, start, npages, map);
+	lock_drop(&k->lock);
+}
+
+static int found_first(void *arg, char *from, char *to)
+{
+	*(char **)arg = from;
+	return 1;
+}
+
+/* The first diverged page of [at, end), as far as the kernel can be asked; else the first that may be.
+ * k->lock held. */
+static gfn_t next_diverged(struct kage_kvm *k, gfn_t at, gfn_t end)
+{
+	const struct run *run;
+
+	for (; at.v < end.v && (run = runs_from(&k->runs, at)); at = run_end(run)) {
+		gfn_t from = GFN(MAX(at.v, run->gfn.v)), to = GFN(MIN(run_end(run).v, end.v)), gfn;
+		char *hva = NULL;
+		int r;
+
+		if (from.v >= end.v)
+			break;
+		if (run->kind == RUN_SHARED)
+			continue;
+		r = scan_private(&k->features, kvm_hva(k, from), (to.v - from.v) << PAGE_SHIFT, found_first,
+				 &hva);
+		if (r == -EOPNOTSUPP)
+			return from;
+		if (hva && window_gfn(k, hva, &gfn))
+			return gfn;
+	}
+	return end;
+}
+
+int mirror_each_diverged(struct mirror *m, gfn_t start, gfn_t end,
+			 int (*fn)(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg),
+			 void *arg)
+{
+	struct kage_kvm *k = kvm_of(m);
+	int r = 0;
+
+	while (r == 0 && start.v < end.v) {
+		uint64_t map[MIRROR_WORDS], any = 0;
+		gfn_t base, first, next;
+
+		lock_take(&k->lock);
+		first = next_diverged(k, start, end);
+		base = GFN(ALIGN_DOWN(first.v, BLOCK_PAGES));
+		next = GFN(MIN(end.v, base.v + BLOCK_PAGES));
+		if (first.v < end.v)
+			range_diverged(k, base, BLOCK_PAGES, map);
+		lock_drop(&k->lock);
+		if (first.v >= end.v)
+			return 0;
+		for (unsigned i = 0; i < BLOCK_PAGES; i++) /* only what was asked for */
+			if (base.v + i < start.v || base.v + i >= end.v)
+				map[i / 64] &= ~((uint64_t)1 << (i % 64));
+		for (unsigned w = 0; w < MIRROR_WORDS; w++)
+			any |= map[w];
+		if (any)
+			r = fn(k->mm, base, map, arg);
+		start = next;
+	}
+	return r;
+}
+
+/* -- reconciling --------------------------------------------------------------------------- */
+
+struct reconcile {
+	bool adopt;
+	uint64_t left; /* pages that are private to the host now */
+};
+
+static uint64_t map_count(const uint64_t map[MIRROR_WORDS])
+{
+	uint64_t n = 0;
+
+	for (unsigned w = 0; w < MIRROR_WORDS; w++)
+		n += (uint64_t)__builtin_popcountll(map[w]);
+	return n;
+}
+
+static int reconcile_held(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct reconcile *rc)
+{
+	uint64_t left[MIRROR_WORDS];
+	int r;
+
+	if (rc->adopt)
+		return mm_adopt(mm, base, map, NULL, NULL);
+	r = mm_host_private(mm, base, map, left);
+	if (r)
+		return r;
+	rc->left += map_count(map);
+	if (!map_count(left) || !mm->mirror->blocks)
+		return 0;
+	r = mm_adopt(mm, base, left, NULL, NULL);
+	if (r == 0)
+		rc->left -= map_count(left);
+	return r == -ETIMEDOUT || r == -EAGAIN ? 0 : r; /* the next one */
+}
+
+static int reconcile_block(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg)
+{
+	struct reconcile *rc = arg;
+	struct brlock_held held;
+	uint64_t now[MIRROR_WORDS];
+	int r;
+
+	do {
+		held = brlock_read(&mm->range);
+		memcpy(now, map, sizeof(now));
+		for (unsigned i = 0; i < BLOCK_PAGES; i++) /* unmapped since */
+			if (!mm_region(mm, gfn_add(base, i)))
+				now[i / 64] &= ~((uint64_t)1 << (i % 64));
+		r = map_count(now) ? reconcile_held(mm, base, now, rc) : 0;
+		brlock_read_drop(&mm->range, held);
+	} while (r == -EAGAIN || (r == -ENOMEM && pool_reap(mm->host->pool) > 0));
+	return r;
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+int64_t mirror_reconcile(struct mirror *m, bool adopt)
+{
+	struct kage_kvm *k = kvm_of(m);
+	struct reconcile rc = {.adopt = adopt};
+	int64_t anon;
+	int r;
+
+	if (adopt && !m->blocks)
+		return -EOPNOTSUPP;
+	r = mirror_each_diverged(m, GFN(0), GFN((uint64_t)1 << GFN_BITS), reconcile_block, &rc);
+	if (r)
+		return r;
+	anon = scan_anon_rss(&k->features);
+	atomic_store(&k->anon_seen, anon < 0 ? 0 : anon);
+	atomic_store(&k->host_private, rc.left);
+	atomic_store(&k->reconciled_ns, now_ns());
+	atomic_fetch_add(&k->reconciles, 1);
+	return (int64_t)rc.left;
+}
+
+/* -- mappings are scarce ---------------------------------------------------------------------- */
+
+uint64_t mirror_share(const struct kage_kvm *k)
+{
+	const struct host *h = k->mm->host;
+	uint32_t n = atomic_load(&h->mirrors);
+
+	return atomic_load(&h->map_budget) / 8 * 7 / (n ? n : 1);
+}
+
+/* The 2 MiB of guest memory with the most runs; 0 runs: none has several. k->lock held. */
+static uint64_t densest(struct kage_kvm *k, gfn_t *base)
+{
+	uint64_t best = 1, n = 0, block = UINT64_MAX;
+	const struct run *run;
+	gfn_t at = GFN(0);
+
+	for (; (run = runs_from(&k->runs, at)); at = run_end(run)) {
+		uint64_t b = run->gfn.v / BLOCK_PAGES;
+
+		n = b == block ? n + 1 : 1;
+		block = b;
+		if (n > best) {
+			best = n;
+			*base = GFN(b * BLOCK_PAGES);
+		}
+	}
+	return best > 2 ? best : 0;
+}
+
+/* Pages of a 2 MiB that may move: ordinary memory, not pinned (adopting leaves a pinned frame where it is).
+ */
+static void widen_map(struct mm *mm, gfn_t base, uint64_t map[MIRROR_WORDS])
+{
+	memset(map, 0, MIRROR_WORDS * sizeof(map[0]));
+	for (unsigned i = 0; i < BLOCK_PAGES; i++) {
+		const struct region *reg = mm_region(mm, gfn_add(base, i));
+
+		if (reg && reg->kind == KAGE_REGION_ANON &&
+		    !(reg->flags & (KAGE_REGION_EXTERNAL | KAGE_REGION_TRAP)))
+			map[i / 64] |= (uint64_t)1 << (i % 64);
+	}
+}
+
+static int widen(struct kage_kvm *k, gfn_t base)
+{
+	struct brlock_held held = brlock_read(&k->mm->range);
+	uint64_t map[MIRROR_WORDS];
+	int r;
+
+	widen_map(k->mm, base, map);
+	r = map_count(map) ? mm_adopt(k->mm, base, map, NULL, NULL) : 0;
+	brlock_read_drop(&k->mm->range, held);
+	if (r == 0)
+		atomic_fetch_add(&k->widened, 1);
+	return r;
+}
+
+/* Until the guest is well below its share; each round at most as long as it helps. */
+static void mirror_widen(struct kage_kvm *k)
+{
+	uint64_t before = UINT64_MAX, now;
+	gfn_t base = GFN(0);
+
+	for (;;) {
+		lock_take(&k->lock);
+		now = k->runs.count;
+		if (now + now / 4 <= mirror_share(k) || now >= before || !densest(k, &base))
+			now = 0;
+		WRITE_ONCE(k->mirror.scarce, k->runs.count + 8 > mirror_share(k));
+		lock_drop(&k->lock);
+		if (!now || widen(k, base))
+			return;
+		before = now;
+	}
+}
+
+/* -- a step of the engine ------------------------------------------------------------------------ */
+
+#define ANON_SHARE ((int64_t)16 << 20) /* this much more anonymous memory in the process: look whose it is   \
+					*/
+
+void mirror_step(struct mirror *m)
+{
+	struct kage_kvm *k = kvm_of(m);
+	int64_t anon = scan_anon_rss(&k->features), seen = atomic_load(&k->anon_seen);
+
+	if (anon < 0 || anon > seen + ANON_SHARE)
+		mirror_reconcile(m, m->exact); /* a page that slipped by an exact policy comes home at once */
+	if (m->blocks)
+		mirror_widen(k);
+	lock_take(&k->lock);
+	ballast_fill(k);
+	lock_drop(&k->lock);
+}

@@ -1,0 +1,588 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What the primary MMU does for a guest that has a mirror: see mirror.h for what
+ * sets such a guest apart.
+ *
+ * Adoption is the one planner that gives a mirrored guest pages of its own: COW
+ * break, first touch, repair of what the kernel broke, and taking back a frame
+ * whose other users have gone are the same change with other sources:
+ *
+ *      page                                 target            copied from
+ *      diverged                             home or arena     window
+ *      leaf, shared                         home or arena     frame
+ *      leaf, exclusive, not diverged        its own frame     -
+ *      leaf, exclusive, diverged            its own frame     window
+ *      none, not diverged                   home or arena     - (a hole), or `touch`
+ *      HOST_PRIVATE                         home or arena     window
+ *
+ * Invariants:
+ *  A1  sources are read between start and end: the mirror has blocked writes, so
+ *      what is copied is what the guest has until the mapping is replaced.
+ *  A2  an entry that has changed between prepare and commit abandons all of it.
+ *
+ *      adopting                             merging (the same page)
+ *      start waits ────────────────────────► its end: a mirror lets overlapping
+ *      sees a stable frame: prepare was          changes in one by one
+ *      of the old one, -EAGAIN
+ *
+ * Locks taken: table locks; those of the funnel. mm->range is held by the caller.
+ */
+#include <unistd.h>
+
+#include "base/guest.h"
+#include "mm/change.h"
+#include "mm/layer.h"
+#include "mm/mirror.h"
+#include "mm/region.h"
+#include "mm/stable.h"
+
+static inline bool bit_test(const uint64_t *map, unsigned i)
+{
+	return map[i / 64] >> (i % 64) & 1;
+}
+
+static inline void bit_set(uint64_t *map, unsigned i)
+{
+	map[i / 64] |= (uint64_t)1 << (i % 64);
+}
+
+#define for_each_bit(i, map)                               \
+	for (unsigned i = 0; i < BLOCK_PAGES; i++)         \
+		if (!bit_test((map), i)) {                 \
+			if (!(map)[i / 64])                \
+				i |= 63;                   \
+		} else
+
+/* First and one past the last bit that is set; some is. */
+static void bits_span(const uint64_t *map, unsigned *first, unsigned *end)
+{
+	*first = BLOCK_PAGES;
+	*end = 0;
+	for_each_bit(i, map) {
+		*first = MIN(*first, i);
+		*end = i + 1;
+	}
+}
+
+/* Brings the table that holds the pages' entries into being, the guest's alone. */
+static int leaf_table(struct mm *mm, gfn_t base, entry_t **table)
+{
+	struct cursor c;
+	int r;
+
+	for (;;) {
+		r = table_own(mm, base, 0, true, &c);
+		if (r)
+			return r;
+		if (c.level == 0)
+			break;
+		r = table_split(mm, c.slot, c.level, GFN(ALIGN_DOWN(base.v, level_pages(c.level))));
+		if (r)
+			return r;
+	}
+	*table = c.slot - level_index(base, 0);
+	return 0;
+}
+
+bool mm_exclusive(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l)
+{
+	const struct pool *pool = mm->host->pool;
+	entry_t e = entry_load((const entry_t *)&mm->root);
+	unsigned level = root_level(e) + 1;
+
+	if (l->writable)
+		return true;
+	while (entry_is_table(e)) {
+		if (READ_ONCE(pfn_frame(pool, entry_pfn(e))->refs) > 1)
+			return false;
+		level--;
+		e = entry_load(table_entries(pool, entry_pfn(e)) + level_index(gfn, level));
+	}
+	if (l->level == 0)
+		return frame_exclusive(mm->host, l->pfn);
+	return (l->level == 1 ? pfn_block(pool, entry_pfn(l->entry))->refs :
+				pfn_block(pool, entry_pfn(l->entry))->giant) == 1;
+}
+
+/* -- adoption -------------------------------------------------------------------------- */
+
+struct adopt {
+	struct change c;
+	struct change_target target;
+	gfn_t base;
+	const uint64_t *map;
+	entry_t *table;
+	entry_t old[BLOCK_PAGES];
+	pfn_t to[BLOCK_PAGES]; /* of pages in map */
+	uint64_t own[MIRROR_WORDS]; /* `to` is the old frame */
+	uint64_t diverged;	    /* pages */
+	unsigned taken;		    /* targets below this index have been claimed */
+};
+
+static int arena_frame(struct mm *mm, gfn_t gfn, pfn_t *out)
+{
+	struct pool *pool = mm->host->pool;
+	int r = arena_alloc(pool, mm->domain, 0, FRAME_PRIVATE, ARENA_ZERO, out);
+
+	if (r)
+		return r;
+	layer_use(mm->layer);
+	atomic_store_explicit(&pfn_frame(pool, *out)->where, frame_where(mm->layer->id, gfn), memory_order_relaxed);
+	return 0;
+}
+
+/* The page's home slot, if it is vacant: what heals the mapping. */
+static bool home_frame(struct mm *mm, const struct region *reg, gfn_t gfn, pfn_t *out)
+{
+	struct pool *pool = mm->host->pool;
+	struct extent *e = reg->kind == KAGE_REGION_ANON ? region_home(mm, reg) : NULL;
+	struct table_locked w;
+	bool claimed;
+
+	if (!e || pool_charge(pool, 1, 0))
+		return false;
+	*out = extent_pfn(e, gfn);
+	w = table_lock(mm->family, 0, gfn);
+	claimed = home_claim(mm->host, e, *out, 0);
+	table_unlock(w);
+	if (!claimed)
+		pool_uncharge(pool, 1);
+	return claimed;
+}
+
+/* A target for one page. Trapped memory is filled by its owner, before anybody sees it. */
+static int adopt_target(struct adopt *a, unsigned i)
+{
+	struct mm *mm = a->target.mm;
+	gfn_t gfn = gfn_add(a->base, i);
+	const struct region *reg = mm_region(mm, gfn);
+	entry_t e = a->old[i];
+	bool trap = reg->flags & KAGE_REGION_TRAP && entry_is_none(e);
+	int r = 0;
+
+	if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL) && frame_exclusive(mm->host, entry_pfn(e))) {
+		a->to[i] = entry_pfn(e);
+		bit_set(a->own, i);
+		return 0;
+	}
+	if (trap || !home_frame(mm, reg, gfn, &a->to[i]))
+		r = arena_frame(mm, gfn, &a->to[i]);
+	if (r)
+		return r;
+	a->taken = i + 1;
+	if (trap && reg->touch) {
+		r = reg->touch(reg->opaque, gfn_gpa(gfn).v, pfn_hva(mm->host->pool, a->to[i]));
+		if (r > 0 && r != KAGE_WAIT)
+			r = -EIO;
+	}
+	return r;
+}
+
+static int adopt_prepare(struct change *c)
+{
+	struct adopt *a = container_of(c, struct adopt, c);
+	struct mm *mm = a->target.mm;
+	struct table_locked w;
+	int r = leaf_table(mm, a->base, &a->table);
+
+	if (r)
+		return r;
+	w = table_lock(mm->family, 0, a->base);
+	for_each_bit(i, a->map)
+		a->old[i] = entry_load(&a->table[i]);
+	table_unlock(w);
+	for_each_bit(i, a->map) {
+		r = adopt_target(a, i);
+		if (r)
+			return r;
+	}
+	return 0;
+}
+
+static void adopt_page(struct adopt *a, unsigned i, bool diverged)
+{
+	struct mm *mm = a->target.mm;
+	struct pool *pool = mm->host->pool;
+	entry_t e = a->old[i];
+	const void *from = NULL;
+
+	if (diverged || entry_state(e) == ENTRY_HOST_PRIVATE)
+		from = mm->mirror->ops->window(mm->mirror, gfn_add(a->base, i));
+	else if (entry_is_leaf(e) && !pfn_is_zero(entry_pfn(e)) && !bit_test(a->own, i))
+		from = pfn_hva(pool, entry_pfn(e));
+	if (from)
+		guest_copy(pfn_hva(pool, a->to[i]), from, PAGE_SIZE);
+}
+
+/* A1: writes are blocked here. */
+static int adopt_inspect(struct change *c)
+{
+	struct adopt *a = container_of(c, struct adopt, c);
+	struct mirror *m = a->target.mm->mirror;
+	uint64_t diverged[MIRROR_WORDS];
+
+	m->ops->diverged(m, a->base, BLOCK_PAGES, diverged);
+	rcu_enter(); /* the old frames stay readable even if their entries have just gone */
+	for_each_bit(i, a->map) {
+		adopt_page(a, i, bit_test(diverged, i));
+		a->diverged += bit_test(diverged, i);
+	}
+	rcu_leave();
+	return 0;
+}
+
+static void adopt_lock(struct change *c)
+{
+	struct adopt *a = container_of(c, struct adopt, c);
+
+	table_lock(a->target.mm->family, 0, a->base);
+}
+
+static void adopt_unlock(struct change *c)
+{
+	struct adopt *a = container_of(c, struct adopt, c);
+
+	lock_drop(table_lock_of(a->target.mm->family, 0, a->base));
+}
+
+static int adopt_recheck(struct change *c)
+{
+	struct adopt *a = container_of(c, struct adopt, c);
+
+	for_each_bit(i, a->map)
+		if (entry_load(&a->table[i]) != a->old[i])
+			return -EAGAIN;
+	return 0;
+}
+
+static void adopt_commit(struct change *c)
+{
+	struct adopt *a = container_of(c, struct adopt, c);
+	struct host *h = a->target.mm->host;
+
+	for_each_bit(i, a->map) {
+		entry_t e = a->old[i];
+
+		entry_store(&a->table[i], entry_leaf(a->to[i], ENTRY_W));
+		if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL) && !bit_test(a->own, i))
+			frame_drop(h, entry_pfn(e), &c->dead);
+	}
+}
+
+static void adopt_cancel(struct change *c)
+{
+	struct adopt *a = container_of(c, struct adopt, c);
+	struct mm *mm = a->target.mm;
+	struct table_locked w = table_lock(mm->family, 0, a->base);
+
+	for_each_bit(i, a->map)
+		if (i < a->taken && !bit_test(a->own, i))
+			frame_drop(mm->host, a->to[i], &c->dead);
+	table_unlock(w);
+	dead_release(mm->host->pool, &c->dead);
+}
+
+static const struct change_ops adopt_ops = {
+	.prepare = adopt_prepare, .inspect = adopt_inspect, .lock = adopt_lock, .recheck = adopt_recheck,
+	.commit = adopt_commit, .unlock = adopt_unlock, .cancel = adopt_cancel,
+};
+
+static void adopt_done(struct adopt *a)
+{
+	struct mm *mm = a->target.mm;
+	uint64_t pages = 0;
+
+	for_each_bit(i, a->map) {
+		pages++;
+		mm_mark_changed(mm, gfn_add(a->base, i), 1); /* as it was, but in a frame that merging has not seen */
+		trace(mm->host->env, cow_break, mm->id, a->base.v + i, 0);
+	}
+	mm_count_add(mm, pages_adopted, a->diverged);
+	mm_count_add(mm, cow_breaks, pages - a->diverged);
+}
+
+int mm_adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct notify_reader *self, const void *owner)
+{
+	struct adopt a = {
+		.c = { .ops = &adopt_ops, .targets = 1, .reason = KAGE_REASON_CLEAR,
+		       .flags = KAGE_RANGE_SAME_CONTENT | KAGE_RANGE_OPTIONAL, .owner = owner, .self = self,
+		       .adopts = true },
+		.target = { .mm = mm }, .base = base, .map = map,
+	};
+	unsigned first, end;
+	int r;
+
+	if (!mm->mirror->blocks)
+		return -EOPNOTSUPP;
+	bits_span(map, &first, &end);
+	a.target.notify.start = gfn_add(base, first);
+	a.target.notify.end = gfn_add(base, end);
+	a.c.target = &a.target;
+	r = change_run(&a.c);
+	if (r == 0)
+		adopt_done(&a);
+	return r;
+}
+
+int mm_adopt_page(struct mm *mm, gfn_t gfn, struct notify_reader *self, const void *owner)
+{
+	uint64_t map[MIRROR_WORDS] = { 0 };
+
+	bit_set(map, gfn.v % BLOCK_PAGES);
+	return mm_adopt(mm, GFN(ALIGN_DOWN(gfn.v, BLOCK_PAGES)), map, self, owner);
+}
+
+static int adopt_block(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg)
+{
+	int r;
+
+	do
+		r = mm_adopt(mm, base, map, NULL, NULL);
+	while (r == -EAGAIN || (r == -ENOMEM && pool_reap(mm->host->pool) > 0));
+	return r;
+}
+
+/* Entries of a leaf table that say HOST_PRIVATE, whatever the kernel has there by now. Returns the table's end. */
+static gfn_t marked_pages(struct mm *mm, gfn_t at, gfn_t end, uint64_t map[MIRROR_WORDS])
+{
+	gfn_t base = GFN(ALIGN_DOWN(at.v, BLOCK_PAGES)), next = gfn_add(base, BLOCK_PAGES);
+	struct mm_lookup l = mm_lookup(mm, at);
+
+	memset(map, 0, MIRROR_WORDS * sizeof(map[0]));
+	if (l.level > 0)
+		return GFN(ALIGN_DOWN(at.v, level_pages(l.level)) + level_pages(l.level));
+	for (; at.v < MIN(next.v, end.v); at.v++)
+		if (entry_state(mm_lookup(mm, at).entry) == ENTRY_HOST_PRIVATE)
+			bit_set(map, at.v - base.v);
+	return next;
+}
+
+static int adopt_marked(struct mm *mm, gfn_t start, gfn_t end)
+{
+	uint64_t map[MIRROR_WORDS], any = 0;
+	int r = 0;
+
+	for (gfn_t next; r == 0 && start.v < end.v; start = next) {
+		gfn_t base = GFN(ALIGN_DOWN(start.v, BLOCK_PAGES));
+
+		rcu_enter();
+		next = marked_pages(mm, start, end, map);
+		rcu_leave();
+		any = 0;
+		for (unsigned w = 0; w < MIRROR_WORDS; w++)
+			any |= map[w];
+		if (any)
+			r = adopt_block(mm, base, map, NULL);
+	}
+	return r;
+}
+
+int mm_adopt_diverged(struct mm *mm, gfn_t start, gfn_t end)
+{
+	int r = mm->mirror->ops->each_diverged(mm->mirror, start, end, adopt_block, NULL);
+
+	if (!atomic_load(&mm->count.pages_broken))
+		return r;
+	for (unsigned i = 0; r == 0 && i < mm->regions->count; i++) {
+		const struct region *reg = &mm->regions->r[i];
+
+		r = adopt_marked(mm, GFN(MAX(start.v, reg->start.v)), GFN(MIN(end.v, region_end(reg).v)));
+	}
+	return r;
+}
+
+/* Pages of a leaf table's range that have no entry and are ordinary memory. */
+static bool empty_pages(struct mm *mm, gfn_t base, gfn_t start, gfn_t end, uint64_t map[MIRROR_WORDS])
+{
+	bool any = false;
+
+	memset(map, 0, MIRROR_WORDS * sizeof(map[0]));
+	rcu_enter();
+	for (gfn_t at = start; at.v < end.v; at.v++) {
+		const struct region *reg = mm_region(mm, at);
+
+		if (!reg || reg->kind != KAGE_REGION_ANON || reg->flags & KAGE_REGION_TRAP ||
+		    !entry_is_none(mm_lookup(mm, at).entry))
+			continue;
+		bit_set(map, at.v - base.v);
+		any = true;
+	}
+	rcu_leave();
+	return any;
+}
+
+void mm_refill(struct mm *mm, gfn_t start, gfn_t end)
+{
+	uint64_t map[MIRROR_WORDS];
+
+	while (start.v < end.v) {
+		gfn_t base = GFN(ALIGN_DOWN(start.v, BLOCK_PAGES)), next = GFN(MIN(end.v, base.v + BLOCK_PAGES));
+		struct brlock_held held = brlock_read(&mm->range);
+		int r = 0;
+
+		if (mm->mirror && empty_pages(mm, base, start, next, map))
+			r = mm_adopt(mm, base, map, NULL, NULL);
+		brlock_read_drop(&mm->range, held);
+		if (r && r != -EAGAIN)
+			return; /* they stay anonymous memory of the window: correct, and one mapping more */
+		if (r == 0)
+			start = next;
+	}
+}
+
+/* -- what the kernel broke ---------------------------------------------------------------- */
+
+struct broken {
+	struct change c;
+	struct change_target target;
+	gfn_t base;
+	const uint64_t *map;
+	uint64_t *left;
+	entry_t *table;
+};
+
+static int broken_prepare(struct change *c)
+{
+	struct broken *b = container_of(c, struct broken, c);
+
+	return leaf_table(b->target.mm, b->base, &b->table);
+}
+
+/* V5: may the frame of an entry be dropped while the window can still show it? */
+static bool entry_droppable(struct host *h, entry_t e)
+{
+	if (!entry_is_leaf(e) || e & ENTRY_SPECIAL)
+		return entry_is_none(e) || e & ENTRY_SPECIAL;
+	return pfn_block(h->pool, entry_pfn(e))->extent != NULL;
+}
+
+static void broken_commit(struct change *c)
+{
+	struct broken *b = container_of(c, struct broken, c);
+	struct mm *mm = b->target.mm;
+	struct table_locked w = table_lock(mm->family, 0, b->base);
+
+	for_each_bit(i, b->map) {
+		entry_t e = entry_load(&b->table[i]);
+
+		if (entry_state(e) == ENTRY_HOST_PRIVATE)
+			continue;
+		if (e & ENTRY_W || !entry_droppable(mm->host, e)) {
+			bit_set(b->left, i);
+			continue;
+		}
+		entry_store(&b->table[i], ENTRY_HOST_PRIVATE);
+		if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL))
+			frame_drop(mm->host, entry_pfn(e), &c->dead);
+		mm_count(mm, pages_broken);
+	}
+	table_unlock(w);
+}
+
+static const struct change_ops broken_ops = { .prepare = broken_prepare, .commit = broken_commit };
+
+int mm_host_private(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], uint64_t left[MIRROR_WORDS])
+{
+	struct broken b = {
+		.c = { .ops = &broken_ops, .targets = 1, .reason = KAGE_REASON_CLEAR, .owner = mm->mirror,
+		       .flags = KAGE_RANGE_SAME_CONTENT, .adopts = true },
+		.target = { .mm = mm }, .base = base, .map = map, .left = left,
+	};
+	unsigned first, end;
+
+	memset(left, 0, MIRROR_WORDS * sizeof(left[0]));
+	bits_span(map, &first, &end);
+	b.target.notify.start = gfn_add(base, first);
+	b.target.notify.end = gfn_add(base, end);
+	b.c.target = &b.target;
+	return change_run(&b.c);
+}
+
+/* -- holes ----------------------------------------------------------------------------------- */
+
+struct holes {
+	struct mm *mm;
+	struct gfn_range **range;
+	unsigned *n, *room;
+};
+
+static int hole_add(struct holes *h, gfn_t start, gfn_t end)
+{
+	struct env *env = h->mm->host->env;
+	struct gfn_range *last = *h->n ? &(*h->range)[*h->n - 1] : NULL;
+
+	if (last && last->end.v == start.v) {
+		last->end = end;
+		return 0;
+	}
+	if (*h->n == *h->room) {
+		unsigned room = *h->room ? 2 * *h->room : 16;
+		struct gfn_range *more = env_alloc(env, room * sizeof(*more));
+
+		if (!more)
+			return -ENOMEM;
+		if (*h->n)
+			memcpy(more, *h->range, *h->n * sizeof(*more));
+		env_free(env, *h->range, *h->room * sizeof(*more));
+		*h->range = more;
+		*h->room = room;
+	}
+	(*h->range)[(*h->n)++] = (struct gfn_range){ start, end };
+	return 0;
+}
+
+/* The first byte of the pool's file at or after `at` that holds memory; `end` if none does before it. */
+static uint64_t next_data(int fd, uint64_t at, uint64_t end)
+{
+	off_t data = lseek(fd, (off_t)at, SEEK_DATA);
+
+	if (data < 0)
+		return errno == ENXIO ? end : at; /* in doubt it is data */
+	return MIN((uint64_t)data, end);
+}
+
+/* An exclusive entry of level 1 or 2. A giant that is not empty is split, for its blocks to be looked at. */
+static int hole_entry(struct holes *h, gfn_t gfn, const struct mm_lookup *l, gfn_t *next)
+{
+	uint64_t pages = level_pages(l->level), off, bytes = pages << PAGE_SHIFT;
+	struct mm *mm = h->mm;
+	struct cursor c;
+	int fd, r;
+
+	*next = gfn_add(gfn, pages);
+	if (pool_file(mm->host->pool, l->pfn, &fd, &off))
+		return 0;
+	if (next_data(fd, off, off + bytes) == off + bytes)
+		return hole_add(h, gfn, *next);
+	if (l->level == 1)
+		return 0;
+	*next = gfn;
+	r = table_own(mm, gfn, l->level, false, &c);
+	return r ? r : table_split(mm, c.slot, c.level, gfn);
+}
+
+int mm_own_holes(struct mm *mm, struct gfn_range **out, unsigned *n, unsigned *room)
+{
+	struct holes h = { .mm = mm, .range = out, .n = n, .room = room };
+	gfn_t at, next, end;
+	int r = 0;
+
+	for (unsigned i = 0; r == 0 && i < mm->regions->count; i++) {
+		const struct region *reg = &mm->regions->r[i];
+
+		end = region_end(reg);
+		if (reg->kind != KAGE_REGION_ANON || reg->flags & (KAGE_REGION_EXTERNAL | KAGE_REGION_TRAP))
+			continue;
+		for (at = reg->start; r == 0 && at.v < end.v; at = next) {
+			struct mm_lookup l = mm_lookup(mm, at);
+			uint64_t step = level_pages(MAX(l.level, 1u));
+			bool block = entry_is_leaf(l.entry) && l.level > 0 && at.v % level_pages(l.level) == 0 &&
+				     at.v + level_pages(l.level) <= end.v;
+
+			next = GFN(ALIGN_DOWN(at.v, step) + step);
+			if (block && mm_exclusive(mm, at, &l))
+				r = hole_entry(&h, at, &l, &next);
+		}
+	}
+	return r;
+}

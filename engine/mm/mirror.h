@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * A mirror: the secondary MMU of a guest whose translations the host kernel
+ * performs. Its entries are host mappings (windows) of the pool's files; a guest
+ * runs on them without asking the engine.
+ *
+ * What sets it apart from other listeners: the kernel breaks COW by itself. A
+ * page whose frame is shared is mapped MAP_PRIVATE, so a write gives the guest
+ * an anonymous page that the table knows nothing of: the page has *diverged*. What
+ * the guest has is then in the window, not in the frame.
+ *
+ *   entry               window                            contents
+ *   leaf, exclusive     MAP_SHARED, the frame             frame == window
+ *   leaf, shared        MAP_PRIVATE, the frame            window (diverged or not)
+ *   none                anonymous, reads zero             window
+ *   HOST_PRIVATE        as it was when it diverged        window
+ *
+ * Invariants:
+ *  V1  effective W of a page means that the window maps its frame MAP_SHARED; a
+ *      frame that anybody else maps is never mapped MAP_SHARED.
+ *  V2  a shared page, or none, becomes the guest's own only through mm_adopt(),
+ *      which takes its contents from where they are.
+ *  V3  no window page is replaced unless writes to it have been blocked since it was
+ *      seen not to be diverged, or its contents were taken, or are dropped.
+ *  V4  tables shared by two guests have no HOST_PRIVATE entry: a clone adopts first.
+ *  V5  while a window can show a frame, the frame is not given to anybody else:
+ *      home slots are punched and not recycled while the mirror holds their
+ *      extent; of arena frames the entry keeps its reference until the page is adopted.
+ *
+ * Locks: ops are called as each says; a mirror's own lock comes after all table locks.
+ */
+#ifndef KAGE_MM_MIRROR_H
+#define KAGE_MM_MIRROR_H
+
+#include "mm/mm.h"
+
+#define MIRROR_WORDS (BLOCK_PAGES / 64)
+
+struct mirror;
+
+struct gfn_range {
+	gfn_t start, end;
+};
+
+struct mirror_ops {
+	/*
+	 * The set of regions is about to become `next` (mm->range held for
+	 * writing): everything that can fail. Then commit, when it has, or cancel.
+	 */
+	int (*regions_prepare)(struct mirror *m, const struct regions *next);
+	void (*regions_commit)(struct mirror *m, const struct regions *next);
+	void (*regions_cancel)(struct mirror *m);
+	/* Which of `npages` pages (at most 512) have diverged. Final only if writes are blocked. Any lock. */
+	void (*diverged)(struct mirror *m, gfn_t start, unsigned npages, uint64_t map[MIRROR_WORDS]);
+	/* Calls fn for each 2 MiB with diverged pages in [start, end); nonzero ends it and is returned. */
+	int (*each_diverged)(struct mirror *m, gfn_t start, gfn_t end,
+			     int (*fn)(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg), void *arg);
+	/* Where the page is seen; NULL: in no window. mm->range held. */
+	void *(*window)(struct mirror *m, gfn_t gfn);
+	/*
+	 * Maps everything MAP_PRIVATE but the kept ranges (in any order) and EXTERNAL regions:
+	 * from its return on no frame outside of these is written. -ENOMEM.
+	 */
+	int (*freeze)(struct mirror *m, const struct gfn_range *kept, unsigned n);
+	/* Takes what the hardware logged into the open dirty logs. mm->range held for reading. */
+	int (*harvest)(struct mirror *m, gfn_t start, gfn_t end);
+	/* A log of written pages is open / none is. */
+	int (*track)(struct mirror *m, bool on);
+	/* Finds diverged pages, drops the frames they shared; mm->range not held. Pages that are private now, or -errno. */
+	int64_t (*reconcile)(struct mirror *m, bool adopt);
+	/* A step of the engine; its family is held for reading. */
+	void (*step)(struct mirror *m);
+	/* Everything is stopped: compares the window with the table. */
+	int (*audit)(struct mirror *m, struct audit *a);
+	int (*dump)(struct mirror *m, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg);
+};
+
+struct mirror {
+	const struct mirror_ops *ops;
+	struct mm *mm;
+	bool exact;  /* writes to shared pages trap before they happen: the table is the truth, for reads too */
+	bool blocks; /* writes to a range can be blocked while the guest runs, or the guest can be paused */
+	bool scarce; /* mappings are: changes that are nobody's need had better wait */
+};
+
+/* The kernel may have broken COW: contents are read through the window. */
+static inline bool mm_native(const struct mm *mm)
+{
+	const struct mirror *m = READ_ONCE(mm->mirror);
+
+	return m && !READ_ONCE(m->exact);
+}
+
+/*
+ * Makes pages the guest's own: `map` says which of the 512 pages from `base` (2 MiB
+ * aligned), all in regions. Each gets its home slot, or a frame of the arena,
+ * filled with what the guest sees; a frame that is the guest's alone already
+ * stays. mm->range held. 0; -EAGAIN (raced); -EOPNOTSUPP (writes cannot be
+ * blocked); -ENOMEM, -ETIMEDOUT, or what a region's touch returned (KAGE_WAIT too).
+ */
+int mm_adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct notify_reader *self, const void *owner);
+/* The same of one page. */
+int mm_adopt_page(struct mm *mm, gfn_t gfn, struct notify_reader *self, const void *owner);
+/* Adopts whatever has diverged in [start, end). */
+int mm_adopt_diverged(struct mm *mm, gfn_t start, gfn_t end);
+/*
+ * Diverged pages lose the frames they shared: their entries become HOST_PRIVATE.
+ * Those whose old frame the arena would recycle are left, and set in `left`. mm->range held.
+ */
+int mm_host_private(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], uint64_t left[MIRROR_WORDS]);
+/* Gives all of the guest's ANON memory that has no entry and does not trap its home, in blocks. No mirror looks on. */
+int mm_fill(struct mm *mm, gfn_t start, gfn_t end);
+/* The same under a mirror: pages without an entry get their home slots, by adoption. Best effort. */
+void mm_refill(struct mm *mm, gfn_t start, gfn_t end);
+/* The page's frame is this guest's alone, whatever W says. Inside a read section. */
+bool mm_exclusive(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l);
+
+/*
+ * Runs of 2 MiB blocks that are the guest's own and hold no memory: a clone gives
+ * each side holes of its own instead of sharing them. Sorted; *out from env_alloc(),
+ * *room its length. mm->range held for writing. -ENOMEM.
+ */
+int mm_own_holes(struct mm *mm, struct gfn_range **out, unsigned *n, unsigned *room);
+
+#endif
