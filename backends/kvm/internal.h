@@ -114,7 +114,6 @@ struct kage_kvm {
 	unsigned paused;
 
 	_Atomic uint64_t host_private, reconciled_ns, reconciles, healed, traps, broken;
-	_Atomic uint32_t widened;
 	_Atomic int64_t anon_seen; /* anonymous bytes of the process at the last reconcile */
 	struct helper *_Atomic helper; /* NULL: the embedder serves traps */
 };

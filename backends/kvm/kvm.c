@@ -423,7 +423,7 @@ int kage_kvm_info(struct kage_kvm *k, struct kage_kvm_info *info)
 	i.map_budget = mirror_share(k);
 	memcpy(i.feature, k->features.info, sizeof(i.feature));
 	lock_drop(&k->lock);
-	i.widened = atomic_load(&k->widened);
+	i.widened = (uint32_t)atomic_load(&k->mm->count.blocks_widened);
 	i.host_private = atomic_load(&k->host_private);
 	i.reconciled_ns = atomic_load(&k->reconciled_ns);
 	i.reconciles = atomic_load(&k->reconciles);

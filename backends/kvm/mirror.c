@@ -57,23 +57,41 @@ void ballast_fill(struct kage_kvm *k)
 		ballast_map(k);
 }
 
-static void *map_at(struct kage_kvm *k, const struct run *want, void *at)
+/* What is shown of a frame that the window shares: a second view of the direct map, which has all flags already. */
+static void *map_shared(struct kage_kvm *k, const struct run *want, void *at)
 {
-	const struct extent *e = want->kind == RUN_ZERO ? NULL : pool_extent(k->pool, want->pfn);
-	int prot =
-	    e && e->kind == EXTENT_DEVICE && want->kind == RUN_SHARED ? e->prot : PROT_READ | PROT_WRITE;
-	int flags = want->kind == RUN_SHARED ? MAP_SHARED : MAP_PRIVATE;
+	return mremap(pfn_hva(k->pool, want->pfn), 0, want->npages << PAGE_SHIFT, MREMAP_MAYMOVE | MREMAP_FIXED, at);
+}
+
+static void *map_private(struct kage_kvm *k, const struct run *want, void *at)
+{
+	size_t len = want->npages << PAGE_SHIFT;
+	int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
 	uint64_t offset = 0;
 	int fd = -1;
+	void *p;
 
 	if (want->kind == RUN_ZERO)
 		flags |= MAP_ANONYMOUS;
 	else if (pool_file(k->pool, want->pfn, &fd, &offset))
 		return MAP_FAILED;
+	p = mmap(at, len, PROT_READ | PROT_WRITE, flags, fd, (off_t)offset);
+	if (p == MAP_FAILED)
+		return p;
+	/* Uniform for all windows, else neighbours do not become one VMA again. */
+	madvise(at, len, MADV_DONTFORK);
+	madvise(at, len, MADV_DONTDUMP);
+	return p;
+}
+
+static void *map_at(struct kage_kvm *k, const struct run *want, void *at)
+{
+	void *p;
+
 	helper_own(k, at, want->npages << PAGE_SHIFT);
-	at = mmap(at, want->npages << PAGE_SHIFT, prot, flags | MAP_FIXED | MAP_NORESERVE, fd, (off_t)offset);
+	p = want->kind == RUN_SHARED ? map_shared(k, want, at) : map_private(k, want, at);
 	helper_own_end(k);
-	return at;
+	return p;
 }
 
 /* A trap is needed where the table has to hear of a touch, or of a write, before it happens. */
@@ -109,7 +127,6 @@ int mirror_register(struct kage_kvm *k, const struct run *run)
 int mirror_map(struct kage_kvm *k, const struct run *want)
 {
 	char *at = kvm_hva(k, want->gfn);
-	size_t len = want->npages << PAGE_SHIFT;
 	int err = runs_ready(&k->runs) ? 0 : runs_reserve(&k->runs, 1);
 	void *p = err ? MAP_FAILED : map_at(k, want, at);
 
@@ -124,9 +141,6 @@ int mirror_map(struct kage_kvm *k, const struct run *want)
 	if (p == MAP_FAILED)
 		return -errno;
 	runs_set(&k->runs, want);
-	/* Uniform for all windows, else neighbours do not become one VMA again. */
-	madvise(at, len, MADV_DONTFORK);
-	madvise(at, len, MADV_DONTDUMP);
 	err = mirror_register(k, want);
 	if (err)
 		env_log(k->env, KAGE_LOG_ERROR, "mm %llu gfn %llx: cannot trap: errno %d",
@@ -280,62 +294,85 @@ static int blocked_wait(struct kage_kvm *k, const struct kage_range *range, gfn_
 	return 0;
 }
 
-/* Calls fn for the part of each run that lies in the range. */
-static int each_piece(struct kage_kvm *k, gfn_t start, gfn_t end,
-		      int (*fn)(struct kage_kvm *k, const struct run *piece))
+/* Neighbouring runs of a window that are treated alike: one call of the kernel's for all. */
+struct stretch {
+	gfn_t gfn;
+	uint64_t npages;
+	uint64_t mode; /* as mirror_mode() */
+	bool zero;     /* anonymous memory: what is not there cannot be protected, but for recent kernels */
+};
+
+static bool stretch_grow(struct stretch *s, const struct stretch *next)
 {
+	if (s->npages && (s->gfn.v + s->npages != next->gfn.v || s->mode != next->mode || s->zero != next->zero))
+		return false;
+	if (!s->npages)
+		*s = *next;
+	else
+		s->npages += next->npages;
+	return true;
+}
+
+typedef int stretch_fn(struct kage_kvm *k, char *at, size_t len, const struct stretch *s);
+
+static int stretch_call(struct kage_kvm *k, const struct stretch *s, stretch_fn *fn)
+{
+	char *at = s->npages ? kvm_hva(k, s->gfn) : NULL;
+
+	return at ? fn(k, at, s->npages << PAGE_SHIFT, s) : 0;
+}
+
+/* Not those of an exact policy's PRIVATE runs: what is mapped there is protected, the rest traps anyhow. */
+static int each_stretch(struct kage_kvm *k, gfn_t start, gfn_t end, stretch_fn *fn)
+{
+	struct stretch s = { .npages = 0 };
 	int r = 0;
 
 	while (r == 0 && start.v < end.v) {
 		const struct run *run = runs_from(&k->runs, start);
-		struct run piece;
+		const struct window *w = run ? window_find(k, run->gfn) : NULL;
+		struct stretch next;
 
 		if (!run || run->gfn.v >= end.v)
-			return 0;
-		piece.gfn = GFN(MAX(run->gfn.v, start.v));
-		piece.npages = MIN(run_end(run).v, end.v) - piece.gfn.v;
-		piece.pfn = run_pfn(run, piece.gfn);
-		piece.kind = run->kind;
-		r = fn(k, &piece);
-		start = run_end(&piece);
+			break;
+		next.gfn = GFN(MAX(run->gfn.v, start.v));
+		next.npages = MIN(run_end(run).v, end.v) - next.gfn.v;
+		next.mode = mirror_mode(k, run);
+		next.zero = run->kind == RUN_ZERO;
+		start = gfn_add(next.gfn, next.npages);
+		if (k->mirror.exact && run->kind == RUN_PRIVATE)
+			continue;
+		if (s.npages && window_find(k, s.gfn) == w && stretch_grow(&s, &next))
+			continue;
+		r = stretch_call(k, &s, fn);
+		s = next;
 	}
-	return r;
+	return r ? r : stretch_call(k, &s, fn);
 }
 
-static int piece_protect(struct kage_kvm *k, const struct run *piece)
+static int stretch_protect(struct kage_kvm *k, char *at, size_t len, const struct stretch *s)
 {
-	char *at = kvm_hva(k, piece->gfn);
-	size_t len = piece->npages << PAGE_SHIFT;
-	uint64_t mode = mirror_mode(k, piece);
 	int r = 0;
 
-	if (k->mirror.exact && piece->kind == RUN_PRIVATE)
-		return 0; /* not mapped, or mapped protected: all writes trap anyhow */
-	if (piece->kind == RUN_ZERO && !(mode & UFFDIO_REGISTER_MODE_MISSING) &&
-	    !(k->uffd.features & UFFD_FEATURE_WP_UNPOPULATED))
-		madvise(at, len, MADV_POPULATE_READ); /* what is not there cannot be protected */
-	if (!mode)
+	if (s->zero && !(s->mode & UFFDIO_REGISTER_MODE_MISSING) && !(k->uffd.features & UFFD_FEATURE_WP_UNPOPULATED))
+		madvise(at, len, MADV_POPULATE_READ);
+	if (!s->mode)
 		r = uffd_register(&k->uffd, at, len, UFFDIO_REGISTER_MODE_WP);
 	return r ? r : uffd_protect(&k->uffd, at, len);
 }
 
-static int piece_unprotect(struct kage_kvm *k, const struct run *piece)
+static int stretch_unprotect(struct kage_kvm *k, char *at, size_t len, const struct stretch *s)
 {
-	char *at = kvm_hva(k, piece->gfn);
-	size_t len = piece->npages << PAGE_SHIFT;
-
-	if (k->mirror.exact && piece->kind == RUN_PRIVATE)
-		return 0;
-	if (mirror_mode(k, piece))
+	if (s->mode)
 		uffd_unprotect(&k->uffd, at, len);
 	else
 		uffd_unregister(&k->uffd, at, len); /* and with it the protection */
 	return 0;
 }
 
-static int piece_wake(struct kage_kvm *k, const struct run *piece)
+static int stretch_wake(struct kage_kvm *k, char *at, size_t len, const struct stretch *s)
 {
-	uffd_wake(&k->uffd, kvm_hva(k, piece->gfn), piece->npages << PAGE_SHIFT);
+	uffd_wake(&k->uffd, at, len);
 	return 0;
 }
 
@@ -347,10 +384,10 @@ static int block(struct kage_kvm *k, struct blocked *b)
 		return 0;
 	b->protected = true;
 	if (k->wp)
-		r = each_piece(k, b->start, b->end, piece_protect);
+		r = each_stretch(k, b->start, b->end, stretch_protect);
 	if (r) {
-		each_piece(k, b->start, b->end, piece_unprotect);
-		each_piece(k, b->start, b->end, piece_wake);
+		each_stretch(k, b->start, b->end, stretch_unprotect);
+		each_stretch(k, b->start, b->end, stretch_wake);
 		b->protected = false;
 	}
 	return r;
@@ -462,8 +499,8 @@ static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
 			    (unsigned long long)k->mm->id, (unsigned long long)start.v, (int)-pages);
 	if (b->protected && k->wp) {
 		if (pages != (int64_t)(end.v - start.v))
-			each_piece(k, start, end, piece_unprotect);
-		each_piece(k, start, end, piece_wake);
+			each_stretch(k, start, end, stretch_unprotect);
+		each_stretch(k, start, end, stretch_wake);
 	}
 	WRITE_ONCE(k->mirror.scarce, k->runs.count + 8 > mirror_share(k));
 	blocked_free(k, b);

@@ -51,38 +51,75 @@ static bool page_differs(struct kage_kvm *k, const struct run *piece, gfn_t gfn)
 	       guest_compare(kvm_hva(k, gfn), pfn_hva(k->pool, pfn), PAGE_SIZE) != 0;
 }
 
-static void piece_diverged(struct kage_kvm *k, const struct run *piece, struct found *f)
+static void compare_range(struct kage_kvm *k, const struct run *piece, struct found *f)
 {
-	char *at = kvm_hva(k, piece->gfn);
-
-	if (scan_private(&k->features, at, piece->npages << PAGE_SHIFT, found_run, f) != -EOPNOTSUPP)
-		return;
 	for (gfn_t g = piece->gfn; g.v < run_end(piece).v; g.v++)
 		if (page_differs(k, piece, g))
 			found_run(f, kvm_hva(k, g), kvm_hva(k, g) + PAGE_SIZE);
 }
 
+/* The part of the run from `at` on that lies before `end`; false: none is left. */
+static bool piece_from(const struct kage_kvm *k, gfn_t at, gfn_t end, struct run *piece)
+{
+	const struct run *run = at.v < end.v ? runs_from(&k->runs, at) : NULL;
+
+	if (!run || run->gfn.v >= end.v)
+		return false;
+	piece->gfn = GFN(MAX(run->gfn.v, at.v));
+	piece->npages = MIN(run_end(run).v, end.v) - piece->gfn.v;
+	piece->pfn = run_pfn(run, piece->gfn);
+	piece->kind = run->kind;
+	return true;
+}
+
+/*
+ * What may have diverged from `at` on, as one piece of one window: SHARED runs cannot, but
+ * asking the kernel about short ones too is cheaper than asking twice.
+ */
+static bool suspects_from(const struct kage_kvm *k, gfn_t at, gfn_t end, struct run *s)
+{
+	const struct window *w;
+	struct run piece;
+	gfn_t last;
+
+	while (piece_from(k, at, end, s) && s->kind == RUN_SHARED)
+		at = run_end(s);
+	if (!piece_from(k, at, end, s))
+		return false;
+	w = window_find(k, s->gfn);
+	end = GFN(MIN(end.v, w->gfn.v + w->npages));
+	last = run_end(s);
+	for (at = last; piece_from(k, at, end, &piece) && piece.gfn.v == at.v; at = run_end(&piece)) {
+		if (piece.kind == RUN_SHARED && piece.npages >= BLOCK_PAGES)
+			break;
+		if (piece.kind != RUN_SHARED)
+			last = run_end(&piece);
+	}
+	s->npages = last.v - s->gfn.v;
+	return true;
+}
+
 /* k->lock held. */
-static void range_diverged(struct kage_kvm *k, gfn_t start, unsigned npages, uint64_t map[MIRROR_WORDS])
+static void range_diverged(struct kage_kvm *k, gfn_t start, unsigned npages, uint64_t *map)
 {
 	gfn_t end = gfn_add(start, npages);
+	struct found f = { .map = map, .npages = npages };
+	struct run s;
+	bool compare = false;
 
-	memset(map, 0, MIRROR_WORDS * sizeof(map[0]));
-	for (gfn_t at = start; at.v < end.v;) {
-		const struct run *run = runs_from(&k->runs, at);
-		struct found f = {.map = map, .npages = npages};
-		struct run piece;
-
-		if (!run || run->gfn.v >= end.v)
-			return;
-		piece.gfn = GFN(MAX(run->gfn.v, at.v));
-		piece.npages = MIN(run_end(run).v, end.v) - piece.gfn.v;
-		piece.pfn = run_pfn(run, piece.gfn);
-		piece.kind = run->kind;
-		f.base = kvm_hva(k, piece.gfn) - ((piece.gfn.v - start.v) << PAGE_SHIFT);
-		if (piece.kind != RUN_SHARED)
-			piece_diverged(k, &piece, &f);
-		at = run_end(&piece);
+	memset(map, 0, (npages + 63) / 64 * sizeof(map[0]));
+	for (gfn_t at = start; suspects_from(k, at, end, &s); at = run_end(&s)) {
+		f.base = kvm_hva(k, s.gfn) - ((s.gfn.v - start.v) << PAGE_SHIFT);
+		compare |= scan_private(&k->features, kvm_hva(k, s.gfn), s.npages << PAGE_SHIFT, found_run, &f) ==
+			   -EOPNOTSUPP;
+	}
+	for (gfn_t at = start; piece_from(k, at, end, &s); at = run_end(&s)) {
+		f.base = kvm_hva(k, s.gfn) - ((s.gfn.v - start.v) << PAGE_SHIFT);
+		if (s.kind == RUN_SHARED)
+			for (uint64_t i = s.gfn.v - start.v; i < run_end(&s).v - start.v; i++)
+				map[i / 64] &= ~((uint64_t)1 << (i % 64)); /* protected where nothing is: looks private */
+		else if (compare)
+			compare_range(k, &s, &f);
 	}
 }
 
@@ -90,70 +127,64 @@ void mirror_diverged(struct mirror *m, gfn_t start, unsigned npages, uint64_t ma
 {
 	struct kage_kvm *k = kvm_of(m);
 
+	memset(map, 0, MIRROR_WORDS * sizeof(map[0]));
 	lock_take(&k->lock);
 	range_diverged(k, start, npages, map);
 	lock_drop(&k->lock);
 }
 
-static int found_first(void *arg, char *from, char *to)
+/* 128 MiB: what is asked for at once. */
+#define SCAN_BLOCKS 64
+#define SCAN_PAGES (SCAN_BLOCKS * BLOCK_PAGES)
+
+/* The next range from `at` on that has suspects, as long as a scan. False: none before `end`. */
+static bool scan_next(struct kage_kvm *k, gfn_t at, gfn_t end, gfn_t *base)
 {
-	*(char **)arg = from;
-	return 1;
+	struct run s;
+
+	if (!suspects_from(k, at, end, &s))
+		return false;
+	*base = GFN(ALIGN_DOWN(s.gfn.v, BLOCK_PAGES));
+	return true;
 }
 
-/* The first diverged page of [at, end), as far as the kernel can be asked; else the first that may be.
- * k->lock held. */
-static gfn_t next_diverged(struct kage_kvm *k, gfn_t at, gfn_t end)
+static bool block_found(const uint64_t *map, gfn_t base, gfn_t start, gfn_t end, uint64_t out[MIRROR_WORDS])
 {
-	const struct run *run;
+	uint64_t any = 0;
 
-	for (; at.v < end.v && (run = runs_from(&k->runs, at)); at = run_end(run)) {
-		gfn_t from = GFN(MAX(at.v, run->gfn.v)), to = GFN(MIN(run_end(run).v, end.v)), gfn;
-		char *hva = NULL;
-		int r;
-
-		if (from.v >= end.v)
-			break;
-		if (run->kind == RUN_SHARED)
-			continue;
-		r = scan_private(&k->features, kvm_hva(k, from), (to.v - from.v) << PAGE_SHIFT, found_first,
-				 &hva);
-		if (r == -EOPNOTSUPP)
-			return from;
-		if (hva && window_gfn(k, hva, &gfn))
-			return gfn;
-	}
-	return end;
+	for (unsigned w = 0; w < MIRROR_WORDS; w++)
+		any |= out[w] = map[w];
+	if (!any)
+		return false;
+	for (unsigned i = 0; i < BLOCK_PAGES; i++) /* only what was asked for */
+		if (base.v + i < start.v || base.v + i >= end.v)
+			out[i / 64] &= ~((uint64_t)1 << (i % 64));
+	return true;
 }
 
 int mirror_each_diverged(struct mirror *m, gfn_t start, gfn_t end,
-			 int (*fn)(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg),
-			 void *arg)
+			 int (*fn)(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg), void *arg)
 {
 	struct kage_kvm *k = kvm_of(m);
+	uint64_t map[SCAN_BLOCKS * MIRROR_WORDS];
+	gfn_t at = start, base;
+	bool any = true;
 	int r = 0;
 
-	while (r == 0 && start.v < end.v) {
-		uint64_t map[MIRROR_WORDS], any = 0;
-		gfn_t base, first, next;
-
+	while (r == 0 && any) {
 		lock_take(&k->lock);
-		first = next_diverged(k, start, end);
-		base = GFN(ALIGN_DOWN(first.v, BLOCK_PAGES));
-		next = GFN(MIN(end.v, base.v + BLOCK_PAGES));
-		if (first.v < end.v)
-			range_diverged(k, base, BLOCK_PAGES, map);
-		lock_drop(&k->lock);
-		if (first.v >= end.v)
-			return 0;
-		for (unsigned i = 0; i < BLOCK_PAGES; i++) /* only what was asked for */
-			if (base.v + i < start.v || base.v + i >= end.v)
-				map[i / 64] &= ~((uint64_t)1 << (i % 64));
-		for (unsigned w = 0; w < MIRROR_WORDS; w++)
-			any |= map[w];
+		any = scan_next(k, at, end, &base);
 		if (any)
-			r = fn(k->mm, base, map, arg);
-		start = next;
+			range_diverged(k, base, SCAN_PAGES, map);
+		lock_drop(&k->lock);
+		for (unsigned b = 0; r == 0 && any && b < SCAN_BLOCKS; b++) {
+			uint64_t one[MIRROR_WORDS];
+			gfn_t first = gfn_add(base, b * BLOCK_PAGES);
+
+			if (block_found(&map[b * MIRROR_WORDS], first, start, end, one))
+				r = fn(k->mm, first, one, arg);
+		}
+		at = gfn_add(base, SCAN_PAGES);
 	}
 	return r;
 }
@@ -180,7 +211,7 @@ static int reconcile_held(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_W
 	int r;
 
 	if (rc->adopt)
-		return mm_adopt(mm, base, map, NULL, NULL);
+		return mm_adopt_runs(mm, base, map);
 	r = mm_host_private(mm, base, map, left);
 	if (r)
 		return r;
@@ -270,31 +301,12 @@ static uint64_t densest(struct kage_kvm *k, gfn_t *base)
 	return best > 2 ? best : 0;
 }
 
-/* Pages of a 2 MiB that may move: ordinary memory, not pinned (adopting leaves a pinned frame where it is).
- */
-static void widen_map(struct mm *mm, gfn_t base, uint64_t map[MIRROR_WORDS])
-{
-	memset(map, 0, MIRROR_WORDS * sizeof(map[0]));
-	for (unsigned i = 0; i < BLOCK_PAGES; i++) {
-		const struct region *reg = mm_region(mm, gfn_add(base, i));
-
-		if (reg && reg->kind == KAGE_REGION_ANON &&
-		    !(reg->flags & (KAGE_REGION_EXTERNAL | KAGE_REGION_TRAP)))
-			map[i / 64] |= (uint64_t)1 << (i % 64);
-	}
-}
-
 static int widen(struct kage_kvm *k, gfn_t base)
 {
 	struct brlock_held held = brlock_read(&k->mm->range);
-	uint64_t map[MIRROR_WORDS];
-	int r;
+	int r = mm_adopt_block(k->mm, base);
 
-	widen_map(k->mm, base, map);
-	r = map_count(map) ? mm_adopt(k->mm, base, map, NULL, NULL) : 0;
 	brlock_read_drop(&k->mm->range, held);
-	if (r == 0)
-		atomic_fetch_add(&k->widened, 1);
 	return r;
 }
 

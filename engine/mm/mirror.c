@@ -106,6 +106,8 @@ bool mm_exclusive(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l)
 
 /* -- adoption -------------------------------------------------------------------------- */
 
+#define ADOPT_BY_FILE 2 /* pages that are worth a system call */
+
 struct adopt {
 	struct change c;
 	struct change_target target;
@@ -116,6 +118,8 @@ struct adopt {
 	pfn_t to[BLOCK_PAGES]; /* of pages in map */
 	uint64_t own[MIRROR_WORDS]; /* `to` is the old frame */
 	uint64_t diverged;	    /* pages */
+	pfn_t populated_base;	    /* 2 MiB of which `populated` says what holds memory; PFN_NONE: none yet */
+	uint64_t populated[MIRROR_WORDS];
 	unsigned taken;		    /* targets below this index have been claimed */
 };
 
@@ -199,19 +203,69 @@ static int adopt_prepare(struct change *c)
 	return 0;
 }
 
-static void adopt_page(struct adopt *a, unsigned i, bool diverged)
+/* Home memory that was never touched has no contents to copy. */
+static bool frame_empty(struct adopt *a, pfn_t pfn)
+{
+	struct pool *pool = a->target.mm->host->pool;
+	pfn_t base = PFN(ALIGN_DOWN(pfn.v, BLOCK_PAGES));
+
+	if (frame_kind(pfn_frame(pool, pfn)) != FRAME_HOME)
+		return false;
+	if (!pfn_eq(base, a->populated_base)) {
+		pool_populated(pool, base, BLOCK_PAGES, a->populated);
+		a->populated_base = base;
+	}
+	return !bit_test(a->populated, pfn.v - base.v);
+}
+
+/*
+ * Where the page's contents are; NULL: it is a hole, or stays where it is. A guest whose COW the kernel
+ * breaks sees all of it in its window: a whole run there is one copy.
+ */
+static const char *adopt_source(struct adopt *a, unsigned i, const uint64_t *diverged)
 {
 	struct mm *mm = a->target.mm;
-	struct pool *pool = mm->host->pool;
 	entry_t e = a->old[i];
-	const void *from = NULL;
+	bool window = bit_test(diverged, i) || entry_state(e) == ENTRY_HOST_PRIVATE;
 
-	if (diverged || entry_state(e) == ENTRY_HOST_PRIVATE)
-		from = mm->mirror->ops->window(mm->mirror, gfn_add(a->base, i));
-	else if (entry_is_leaf(e) && !pfn_is_zero(entry_pfn(e)) && !bit_test(a->own, i))
-		from = pfn_hva(pool, entry_pfn(e));
-	if (from)
-		guest_copy(pfn_hva(pool, a->to[i]), from, PAGE_SIZE);
+	if (!window) {
+		if (!entry_is_leaf(e) || pfn_is_zero(entry_pfn(e)) || bit_test(a->own, i) ||
+		    (!(e & ENTRY_SPECIAL) && frame_empty(a, entry_pfn(e))))
+			return NULL;
+		window = mm_native(mm);
+	}
+	if (window)
+		return mm->mirror->ops->window(mm->mirror, gfn_add(a->base, i));
+	return pfn_hva(mm->host->pool, entry_pfn(e));
+}
+
+/*
+ * Copies `n` pages whose sources and targets are contiguous. Through the file: it
+ * neither zeroes nor maps the new pages first. What the file would not take is copied by hand.
+ */
+static void adopt_copy(struct adopt *a, unsigned i, unsigned n, const char *from)
+{
+	struct pool *pool = a->target.mm->host->pool;
+	size_t len = (size_t)n << PAGE_SHIFT, done = 0;
+	uint64_t offset;
+	int fd;
+
+	if (n >= ADOPT_BY_FILE && pool_file(pool, a->to[i], &fd, &offset) == 0) {
+		ssize_t got = pwrite(fd, from, len, (off_t)offset);
+
+		done = got > 0 ? (size_t)got : 0;
+	}
+	guest_copy((char *)pfn_hva(pool, a->to[i]) + done, from + done, len - done);
+}
+
+static unsigned adopt_run(struct adopt *a, unsigned i, const char *from, const uint64_t *diverged)
+{
+	unsigned n = 1;
+
+	while (i + n < BLOCK_PAGES && bit_test(a->map, i + n) && a->to[i + n].v == a->to[i].v + n &&
+	       adopt_source(a, i + n, diverged) == from + ((size_t)n << PAGE_SHIFT))
+		n++;
+	return n;
 }
 
 /* A1: writes are blocked here. */
@@ -223,11 +277,16 @@ static int adopt_inspect(struct change *c)
 
 	m->ops->diverged(m, a->base, BLOCK_PAGES, diverged);
 	rcu_enter(); /* the old frames stay readable even if their entries have just gone */
-	for_each_bit(i, a->map) {
-		adopt_page(a, i, bit_test(diverged, i));
-		a->diverged += bit_test(diverged, i);
+	for (unsigned i = 0, n; i < BLOCK_PAGES; i += n) {
+		const char *from = bit_test(a->map, i) ? adopt_source(a, i, diverged) : NULL;
+
+		n = from ? adopt_run(a, i, from, diverged) : 1;
+		if (from)
+			adopt_copy(a, i, n, from);
 	}
 	rcu_leave();
+	for (unsigned w = 0; w < MIRROR_WORDS; w++)
+		a->diverged += (uint64_t)__builtin_popcountll(diverged[w] & a->map[w]);
 	return 0;
 }
 
@@ -332,12 +391,50 @@ int mm_adopt_page(struct mm *mm, gfn_t gfn, struct notify_reader *self, const vo
 	return mm_adopt(mm, GFN(ALIGN_DOWN(gfn.v, BLOCK_PAGES)), map, self, owner);
 }
 
+/* Ordinary memory may move; pinned frames are exclusive, and adopting leaves those where they are. */
+int mm_adopt_block(struct mm *mm, gfn_t base)
+{
+	uint64_t map[MIRROR_WORDS] = { 0 }, any = 0;
+	int r;
+
+	for (unsigned i = 0; i < BLOCK_PAGES; i++) {
+		const struct region *reg = mm_region(mm, gfn_add(base, i));
+
+		if (reg && reg->kind == KAGE_REGION_ANON && !(reg->flags & (KAGE_REGION_EXTERNAL | KAGE_REGION_TRAP)))
+			bit_set(map, i);
+	}
+	for (unsigned w = 0; w < MIRROR_WORDS; w++)
+		any |= map[w];
+	r = any ? mm_adopt(mm, base, map, NULL, NULL) : 0;
+	if (r == 0)
+		mm_count(mm, blocks_widened);
+	return r;
+}
+
+/*
+ * A mapping call costs what copying 30 pages does, and it is paid again at the next clone. At
+ * 64 runs the whole block is cheaper, and takes at most 8 times the memory.
+ */
+#define WIDEN_RUNS 64
+
+int mm_adopt_runs(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS])
+{
+	unsigned runs = 0;
+	uint64_t before = 0;
+
+	for (unsigned w = 0; w < MIRROR_WORDS; w++) {
+		runs += (unsigned)__builtin_popcountll(map[w] & ~(map[w] << 1 | before >> 63));
+		before = map[w];
+	}
+	return runs < WIDEN_RUNS ? mm_adopt(mm, base, map, NULL, NULL) : mm_adopt_block(mm, base);
+}
+
 static int adopt_block(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg)
 {
 	int r;
 
 	do
-		r = mm_adopt(mm, base, map, NULL, NULL);
+		r = mm_adopt_runs(mm, base, map);
 	while (r == -EAGAIN || (r == -ENOMEM && pool_reap(mm->host->pool) > 0));
 	return r;
 }

@@ -101,6 +101,10 @@ static inline bool mm_native(const struct mm *mm)
 int mm_adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct notify_reader *self, const void *owner);
 /* The same of one page. */
 int mm_adopt_page(struct mm *mm, gfn_t gfn, struct notify_reader *self, const void *owner);
+/* The same of all ordinary memory of a 2 MiB, whatever its state: one mapping from then on. Counted as widened. */
+int mm_adopt_block(struct mm *mm, gfn_t base);
+/* The same of the pages in `map`; if they are many and scattered, of all of the 2 MiB: that is less work. */
+int mm_adopt_runs(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS]);
 /* Adopts whatever has diverged in [start, end). */
 int mm_adopt_diverged(struct mm *mm, gfn_t start, gfn_t end);
 /*

@@ -234,6 +234,8 @@ static void leaf_drop(struct family *f, entry_t e, unsigned level, gfn_t gfn, st
 		frame_drop(f->host, pfn, dead);
 	} else if (level == 1) {
 		block_drop(f, pfn, gfn, dead);
+	} else if (block_refs_read(pool, pfn, 2) > 1) {
+		block_refs_add(pool, pfn, 2, -1); /* another giant entry covers all pieces */
 	} else {
 		struct table_locked w = table_lock(f, 1, gfn);
 

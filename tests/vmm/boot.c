@@ -193,7 +193,8 @@ static int put_tables(struct vmm_ram *ram, const struct boot_config *config, con
 	return err;
 }
 
-static int put_images(struct vmm_ram *ram, const struct boot_config *config, const struct plan *plan, const char **why)
+static int put_images(struct vmm_ram *ram, const struct boot_config *config, const struct plan *plan,
+		      const char **why)
 {
 	for (unsigned i = 0; i < plan->image.segments; i++) {
 		const struct boot_segment *s = &plan->image.segment[i];

@@ -78,10 +78,14 @@ make_inner() {
 		fail "cannot make the inner initramfs"
 }
 
-# The program with its libraries, where it looks for them.
+# The program; its libraries in /lib (nested_init.sh names it), the loader where the program looks for it.
 copy_program() {
+	mkdir -p "$tmp/outer/lib"
 	cp "$1" "$tmp/outer/vmm-linux"
-	ldd "$1" 2>/dev/null | sed -n 's/.*=> *\(\/[^ ]*\).*/\1/p; s/^[[:space:]]*\(\/[^ ]*\) (.*/\1/p' | while read -r lib; do
+	ldd "$1" 2>/dev/null | sed -n 's/.*=> *\(\/[^ ]*\).*/\1/p' | while read -r lib; do
+		cp -L "$lib" "$tmp/outer/lib/"
+	done
+	ldd "$1" 2>/dev/null | sed -n 's/^[[:space:]]*\(\/[^ ]*\) (.*/\1/p' | while read -r lib; do
 		mkdir -p "$tmp/outer$(dirname "$lib")"
 		cp -L "$lib" "$tmp/outer$lib"
 	done
@@ -89,7 +93,7 @@ copy_program() {
 
 add_run() {
 	case $1 in
-	clone) echo "1 clone --mib 192 --cpus 2 --clones 3 --merge --timeout 150 /vmlinuz" ;;
+	clone) echo "1 clone --mib 128 --cpus 2 --clones 2 --merge --timeout 150 /vmlinuz" ;;
 	elf)
 		[ -f "$tmp/outer/vmlinux" ] && echo "1 elf --mib 128 --cpus 1 --clones 1 /vmlinux" ||
 			echo "nested.sh: run elf left out: no tool to unpack the kernel" >&2

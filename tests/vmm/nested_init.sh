@@ -4,7 +4,7 @@
 #   NPT NAME OPTIONS-OF-vmm-linux KERNEL
 /bin/busybox mkdir -p /proc /sys /dev /tmp
 /bin/busybox --install -s /bin
-export PATH=/bin
+export PATH=/bin LD_LIBRARY_PATH=/lib
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev

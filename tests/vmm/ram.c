@@ -27,6 +27,7 @@ struct kage_ram {
 	struct vmm_ram ram;
 	struct kage_vm *vm;
 	struct kage_kvm *kvm; /* NULL: not attached */
+	bool helper;          /* runs */
 	struct kage_kvm_config config;
 };
 
@@ -57,7 +58,9 @@ static int detach(struct vmm_ram *ram)
 	struct kage_ram *k = kage_of(ram);
 	int r;
 
-	kage_kvm_helper_stop(k->kvm); /* -ENOENT: there is none */
+	if (k->helper)
+		kage_kvm_helper_stop(k->kvm);
+	k->helper = false;
 	r = kage_kvm_detach(k->kvm);
 	if (r == KAGE_OK)
 		k->kvm = NULL;
@@ -76,7 +79,10 @@ static int attach(struct vmm_ram *ram, struct vmm *vmm)
 	r = kage_kvm_attach(k->vm, vmm->fd, &k->config, &k->kvm);
 	if (r < 0)
 		return r;
-	r = kage_kvm_trap_fd(k->kvm) < 0 ? 0 : kage_kvm_helper_start(k->kvm);
+	if (kage_kvm_trap_fd(k->kvm) < 0)
+		return 0;
+	r = kage_kvm_helper_start(k->kvm);
+	k->helper = r == 0;
 	if (r < 0)
 		detach(ram);
 	return r;
@@ -97,6 +103,7 @@ static int clone_guest(struct vmm_ram *ram, struct vmm_ram **copy)
 		return -ENOMEM;
 	*c = *k;
 	c->kvm = NULL;
+	c->helper = false;
 	r = kage_vm_clone(k->vm, NULL, &c->vm);
 	if (r < 0) {
 		free(c);

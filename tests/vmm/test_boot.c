@@ -421,6 +421,8 @@ START_TEST(initrd_place)
 	set(p, 0x22c, 4, 0x0203ffff); /* the last byte that the kernel reaches */
 	ck_assert_int_eq(load_initrd(p, len, initrd, sizeof(initrd), &entry), 0);
 	ck_assert_uint_eq(entry.initrd, 0x02040000 - 3 * 4096);
+	ck_assert_int_eq(load_initrd(p, len, initrd, 8192, &entry), 0);
+	ck_assert_uint_eq(entry.initrd, 0x02040000 - 8192);
 
 	/* RAM beyond 3 GiB is not for it */
 	set(p, 0x22c, 4, 0xffffffff);
@@ -811,6 +813,7 @@ START_TEST(cpuid_intel)
 	leaf(&c, 0, 0, 0x1f, 0x756e6547, 0, 0);
 	leaf(&c, 1, 0, 0, 0x07402a55, 0, 0);
 	leaf(&c, 4, 0, 0xfc00c121, 0, 0, 0);
+	leaf(&c, 4, 2, 0xfc01c143, 0, 0, 0);
 	leaf(&c, 4, 3, 0xfc1fc163, 0, 0, 0);
 	leaf(&c, 4, 4, 0, 0, 0, 0);
 	leaf(&c, 0xb, 0, 7, 7, 7, 7);
@@ -821,6 +824,7 @@ START_TEST(cpuid_intel)
 	ck_assert_uint_eq(find(&c, 1, 0)->ecx, 0x81000000);
 	ck_assert_uint_eq(find(&c, 1, 0)->edx, 1u << 28);
 	ck_assert_uint_eq(find(&c, 4, 0)->eax, 3u << 26 | 0x121); /* a core's own */
+	ck_assert_uint_eq(find(&c, 4, 2)->eax, 3u << 26 | 0x143);
 	ck_assert_uint_eq(find(&c, 4, 3)->eax, 3u << 26 | 3 << 14 | 0x163); /* the package's */
 	ck_assert_uint_eq(find(&c, 4, 4)->eax, 0);
 	ck_assert_ptr_null(find(&c, 0x1f, 0));

@@ -745,7 +745,8 @@ static void disturb(struct vmm *vmm, bool chips)
 	ok(ioctl(fd, KVM_SET_VCPU_EVENTS, &s.events));
 	if (!chips)
 		return;
-	s.lapic.regs[0x80] = 0x30; /* the task priority */
+	s.lapic.regs[0x80] = 0x30;  /* the task priority, also part of sregs */
+	s.lapic.regs[0x350] = 0x42; /* the vector of LINT0 */
 	s.chip[2].chip.ioapic.redirtbl[5].fields.vector = 0x71;
 	s.chip[0].chip.pic.imr = 0xa5;
 	s.pit.channels[2].count = 4321;
@@ -817,6 +818,43 @@ START_TEST(save_needs_rest)
 	ck_assert_int_eq(vmm_state_save(vmm, &state), -EBUSY);
 	ck_assert_ptr_null(state);
 	vmm_destroy(vmm);
+}
+END_TEST
+
+static int stopping_access(struct vmm_vcpu *vcpu, void *opaque, uint64_t offset, void *data, unsigned size, bool write)
+{
+	_Atomic uint64_t *reads = opaque;
+	const uint64_t value = 1000;
+
+	ck_assert(!write);
+	memcpy(data, &value, size);
+	atomic_fetch_add(reads, 1);
+	return VMM_STOP;
+}
+
+/* A vCPU that a device stopped has its access behind it: a clone does not do it again. */
+START_TEST(stopped_in_an_access)
+{
+	struct vmm *vmm = make(1, &large), *child;
+	_Atomic uint64_t reads = 0;
+	const struct vmm_device device = {VMM_MMIO, RAM, 64, stopping_access, NULL, NULL, (void *)&reads};
+
+	ok(vmm_add_device(vmm, &device));
+	put(vmm, 0, (struct payload_mailbox){.program = PAYLOAD_HYPERCALL, .base = RAM, .iterations = 1,
+					     .mode = PAYLOAD_MMIO_READ, .go = 1});
+	ok(vmm_start(vmm));
+	ok(vmm_wait(vmm, TIMEOUT_MS));
+	is(payload_peek(vmm, 0, done), 0);
+	ok(vmm_clone(vmm, NULL, &child));
+	ck_assert_int_eq(child->vcpu[0]->state, VMM_IDLE);
+	ok(vmm_start(child));
+	ok(vmm_wait(child, TIMEOUT_MS));
+	is(payload_peek(child, 0, done), 1);
+	is(payload_peek(child, 0, checksum), 1000);
+	is(reads, 1);
+	is(payload_peek(vmm, 0, done), 0);
+	vmm_destroy(vmm);
+	vmm_destroy(child);
 }
 END_TEST
 
@@ -1070,6 +1108,7 @@ static Suite *suite(void)
 	tcase_add_loop_test(state, moved, 0, 2);
 	tcase_add_loop_test(state, every_part, 0, 2);
 	tcase_add_test(state, save_needs_rest);
+	tcase_add_test(state, stopped_in_an_access);
 	tcase_add_loop_test(clone, clones, 0, 2);
 	tcase_add_test(clone, paused_clone);
 	tcase_add_loop_test(clone, failed_clone, 0, 2);
