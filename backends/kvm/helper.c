@@ -20,7 +20,6 @@
 
 #include "api/engine.h"
 #include "helper.h"
-#include "mm/change.h"
 
 #define QUEUE 256
 
@@ -138,18 +137,6 @@ static void *reader_main(void *arg)
 
 /* -- the worker ----------------------------------------------------------------------------- */
 
-static const struct change_ops told_ops = { .commit = NULL };
-
-/* Listeners hear that a range has changed; the mirror itself is not meant. */
-static void tell(struct kage_kvm *k, gfn_t start, gfn_t end)
-{
-	struct change_target target = { .mm = k->mm, .notify = { .start = start, .end = end } };
-	struct change c = { .ops = &told_ops, .target = &target, .targets = 1, .reason = KAGE_REASON_CLEAR,
-			    .owner = &k->mirror };
-
-	change_run(&c);
-}
-
 static void vmm_changed(struct kage_kvm *k, uint64_t start, uint64_t end, bool gone)
 {
 	struct brlock_held held = brlock_read(&k->mm->range);
@@ -163,7 +150,7 @@ static void vmm_changed(struct kage_kvm *k, uint64_t start, uint64_t end, bool g
 		n = mirror_repair(k);
 	lock_drop(&k->lock);
 	if (ours)
-		tell(k, first, gfn_add(last, 1));
+		mm_tell(k->mm, first, gfn_add(last, 1), &k->mirror);
 	brlock_read_drop(&k->mm->range, held);
 	if (!ours)
 		return;
@@ -206,7 +193,7 @@ static void worker_serve(struct helper *h, struct notify_reader *reader)
 		lock_take(&k->lock);
 		mirror_repair(k);
 		lock_drop(&k->lock);
-		tell(k, GFN(0), GFN((uint64_t)1 << GFN_BITS));
+		mm_tell(k->mm, GFN(0), GFN((uint64_t)1 << GFN_BITS), &k->mirror);
 	}
 }
 

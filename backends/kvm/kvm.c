@@ -22,7 +22,7 @@
 
 static bool exact_possible(const struct kage_kvm *k)
 {
-	return feature_used(&k->features, KAGE_KVM_USERFAULTFD) && feature_used(&k->features, KAGE_KVM_UFFD_WP) &&
+	return !k->abandoned && feature_used(&k->features, KAGE_KVM_USERFAULTFD) && feature_used(&k->features, KAGE_KVM_UFFD_WP) &&
 	       feature_used(&k->features, KAGE_KVM_UFFD_MINOR) &&
 	       feature_used(&k->features, KAGE_KVM_UFFD_CONTINUE_WP) && feature_used(&k->features, KAGE_KVM_PAGEMAP);
 }
@@ -30,7 +30,8 @@ static bool exact_possible(const struct kage_kvm *k)
 /* The one place that decides. Other listeners: the shadow tables of vCPUs, or the embedder's own. */
 static int policy_choose(struct kage_kvm *k)
 {
-	bool possible = exact_possible(k), listeners = atomic_load(&k->mm->notify.set) != NULL;
+	bool possible = exact_possible(k);
+	bool listeners = notify_listening(&k->mm->notify) > (k->mm->mirror == &k->mirror);
 
 	k->mirror.exact = false;
 	switch ((enum kage_kvm_policy)k->config.policy) {
@@ -173,6 +174,8 @@ static int attach_held(struct kage_kvm *k)
 	}
 	if (r == 0 && mm_dirty_logged(mm))
 		r = kvm_mirror_ops.track(&k->mirror, true);
+	if (r == 0) /* shadow tables that watch guest tables: KVM's vCPUs write to those without a word */
+		r = mm_tell(mm, GFN(0), GFN((uint64_t)1 << GFN_BITS), &k->mirror);
 	if (r == 0)
 		r = notify_register(&mm->notify, &k->notifier, &kvm_notifier_ops);
 	if (r)
@@ -327,6 +330,79 @@ int kage_kvm_detach(struct kage_kvm *k)
 	return api_result(e, __func__, 0, 0, r);
 }
 
+/* -- another policy ----------------------------------------------------------------------------- */
+
+static int policy_remap(struct kage_kvm *k)
+{
+	const struct run *run;
+	int r = 0;
+
+	lock_take(&k->lock);
+	for (gfn_t at = GFN(0); r == 0 && (run = runs_from(&k->runs, at));) {
+		struct run copy = *run;
+
+		at = run_end(&copy);
+		if (copy.kind != RUN_SHARED)
+			r = mirror_map(k, &copy);
+	}
+	lock_drop(&k->lock);
+	return r;
+}
+
+static int any_diverged(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg)
+{
+	return -EAGAIN;
+}
+
+/* The guest stands, as far as it can be made to. Its family and range are held for writing. */
+static int policy_change(struct kage_kvm *k, uint32_t policy)
+{
+	gfn_t all = GFN((uint64_t)1 << GFN_BITS);
+	uint32_t before = k->config.policy;
+	bool exact = k->mirror.exact;
+	int r = mm_adopt_diverged(k->mm, GFN(0), all);
+
+	if (r)
+		return r;
+	k->config.policy = policy;
+	r = policy_choose(k);
+	if (r == 0 && k->mirror.exact != exact)
+		r = mirror_each_diverged(&k->mirror, GFN(0), all, any_diverged, NULL);
+	if (r == 0 && k->mirror.exact != exact)
+		r = policy_remap(k);
+	if (r) {
+		k->config.policy = before;
+		k->mirror.exact = exact;
+	}
+	return r;
+}
+
+static int kvm_set_policy(struct kage_kvm *k, uint32_t policy)
+{
+	int r;
+
+	if (policy > KAGE_KVM_EXACT)
+		return -EINVAL;
+	if (k->abandoned && policy == KAGE_KVM_EXACT)
+		return -EOPNOTSUPP;
+	r = k->config.pause ? k->config.pause(k->config.opaque) : 0;
+	if (r)
+		return r;
+	brlock_write(&k->mm->family->lock);
+	brlock_write(&k->mm->range);
+	r = policy_change(k, policy);
+	brlock_write_drop(&k->mm->range);
+	brlock_write_drop(&k->mm->family->lock);
+	if (k->config.pause)
+		k->config.resume(k->config.opaque);
+	return r;
+}
+
+int kage_kvm_set_policy(struct kage_kvm *k, uint32_t policy)
+{
+	return k ? api_result(k->vm->engine, __func__, 0, 0, kvm_set_policy(k, policy)) : -EINVAL;
+}
+
 /* -- what the VMM asks -------------------------------------------------------------------------- */
 
 void *kage_kvm_window(struct kage_kvm *k, uint64_t gpa, uint64_t len)
@@ -367,6 +443,14 @@ int kage_kvm_run_failed(struct kage_kvm *k, int vcpufd, const struct kvm_run *ru
 	env_log(k->env, KAGE_LOG_ERROR, "mm %llu: somebody else has changed a window: %d pieces put right",
 		(unsigned long long)k->mm->id, r);
 	return KAGE_RETRY;
+}
+
+int kage_kvm_load_regs(struct kage_vcpu *vcpu, int vcpufd)
+{
+	struct kage_x86_regs regs;
+	int r = vcpu ? arch_vcpu_regs(vcpufd, &regs) : -EINVAL;
+
+	return r ? r : kage_vcpu_set_regs(vcpu, &regs, sizeof(regs));
 }
 
 int kage_kvm_add_vcpu(struct kage_kvm *k, int vcpufd)

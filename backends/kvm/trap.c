@@ -63,10 +63,10 @@ static int read_private(struct kage_kvm *k, const struct run *run, gfn_t gfn)
 		uffd_continue(&k->uffd, kvm_hva(k, gfn_add(gfn, 1)), (to.v - gfn.v - 1) << PAGE_SHIFT, true);
 	if (from.v < gfn.v)
 		uffd_continue(&k->uffd, kvm_hva(k, from), (gfn.v - from.v) << PAGE_SHIFT, true);
-	return 1;
+	return KAGE_OK;
 }
 
-/* 1: mapped. KAGE_RETRY is not among the results: -EAGAIN is. */
+/* KAGE_OK: it is mapped, or no window has it any more; -EAGAIN: again; -EEXIST: it ought not to have trapped. */
 static int trap_read(struct kage_kvm *k, struct notify_reader *reader, gfn_t gfn)
 {
 	const struct run *run;
@@ -75,7 +75,7 @@ static int trap_read(struct kage_kvm *k, struct notify_reader *reader, gfn_t gfn
 	lock_take(&k->lock);
 	run = runs_find(&k->runs, gfn);
 	if (!run)
-		r = 1; /* unmapped since */
+		r = KAGE_OK;
 	else if (!notify_read_valid(reader))
 		r = -EAGAIN;
 	else if (run->kind == RUN_PRIVATE)

@@ -386,7 +386,7 @@ static int fault_finish(struct mm *mm, struct mm_fault *f, const struct region *
 		f->level--;
 	if (!writable)
 		f->prot &= ~(uint32_t)KAGE_WRITE;
-	f->foreign = reg->kind == KAGE_REGION_FOREIGN;
+	f->foreign = reg->kind == KAGE_REGION_FOREIGN || mm->mirror;
 	f->zero = pfn_is_zero(f->pfn);
 	if (f->access & KAGE_WRITE)
 		mm_mark_dirty(mm, f->gfn, 1);

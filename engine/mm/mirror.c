@@ -527,6 +527,19 @@ void mm_refill(struct mm *mm, gfn_t start, gfn_t end)
 	}
 }
 
+static void told(struct change *c)
+{
+}
+
+int mm_tell(struct mm *mm, gfn_t start, gfn_t end, const void *owner)
+{
+	static const struct change_ops ops = { .commit = told };
+	struct change_target target = { .mm = mm, .notify = { .start = start, .end = end } };
+	struct change c = { .ops = &ops, .target = &target, .targets = 1, .reason = KAGE_REASON_CLEAR, .owner = owner };
+
+	return change_run(&c);
+}
+
 /* -- what the kernel broke ---------------------------------------------------------------- */
 
 struct broken {

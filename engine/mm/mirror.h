@@ -116,6 +116,8 @@ int mm_host_private(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS],
 int mm_fill(struct mm *mm, gfn_t start, gfn_t end);
 /* The same under a mirror: pages without an entry get their home slots, by adoption. Best effort. */
 void mm_refill(struct mm *mm, gfn_t start, gfn_t end);
+/* Listeners hear that [start, end) has changed behind the engine's back; `owner` as in a change. */
+int mm_tell(struct mm *mm, gfn_t start, gfn_t end, const void *owner);
 /* The page's frame is this guest's alone, whatever W says. Inside a read section. */
 bool mm_exclusive(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l);
 

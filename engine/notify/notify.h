@@ -119,6 +119,7 @@ void notify_finish(struct notify *n);
  * return -ENOENT.
  */
 void notify_release(struct notify *n);
+unsigned notify_listening(struct notify *n); /* listeners and interval notifiers, at this moment */
 bool notify_busy(struct notify *n); /* interval notifiers or readers are attached */
 
 /*

@@ -33,6 +33,16 @@
  */
 #include "notify/internal.h"
 
+unsigned notify_listening(struct notify *n)
+{
+	unsigned count;
+
+	lock_take(&n->lock);
+	count = set_count(set_current(n));
+	lock_drop(&n->lock);
+	return count;
+}
+
 unsigned set_count(const struct notify_set *s)
 {
 	return s ? s->listeners + s->intervals : 0;

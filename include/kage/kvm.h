@@ -85,7 +85,7 @@ struct kage_kvm_config {
 	int (*set_slot)(void *opaque, const struct kage_kvm_slot *slot);
 	/**
 	 * Stops whatever writes to guest memory (vCPUs, device threads) and
-	 * returns when it has; `resume` lets it go on. Needed to merge, adopt and clone
+	 * returns when it has; it must not wait for a thread that is inside a call of the engine. `resume` lets it go on. Needed to merge, adopt and clone
 	 * where the kernel has no write protection by userfaultfd. Neither may call the engine. May be NULL.
 	 */
 	int (*pause)(void *opaque);
@@ -129,6 +129,20 @@ KAGE_API void *kage_kvm_window(struct kage_kvm *kvm, uint64_t gpa, uint64_t len)
  */
 KAGE_API int kage_kvm_run_failed(struct kage_kvm *kvm, int vcpufd, const struct kvm_run *run, int err);
 
+/**
+ * Changes the policy; AUTO is decided anew, by who listens to the guest now. Pauses the
+ * guest through `pause`; without one the vCPUs must not run. All that the kernel made private is adopted first.
+ * Returns KAGE_OK, -EINVAL, -EAGAIN (somebody wrote meanwhile), -EOPNOTSUPP (as attach), -ENOMEM.
+ */
+KAGE_API int kage_kvm_set_policy(struct kage_kvm *kvm, uint32_t policy);
+
+/**
+ * Gives a vCPU of the soft backend (kage_vcpu_create() on the same guest) the registers of a
+ * vCPU of KVM's: from then on kage_vcpu_translate() answers for that one. x86-64. KVM answers when the vCPU is not
+ * in KVM_RUN. Returns as kage_vcpu_set_regs(), errno of an ioctl, -EOPNOTSUPP.
+ */
+KAGE_API int kage_kvm_load_regs(struct kage_vcpu *vcpu, int vcpufd);
+
 /** Poll it for reading and call kage_kvm_trap_run(). -ENOENT: nothing of this guest traps. Borrowed. */
 KAGE_API int kage_kvm_trap_fd(struct kage_kvm *kvm);
 /**
@@ -153,7 +167,11 @@ KAGE_API int kage_kvm_helper_start(struct kage_kvm *kvm);
 /** Stops it. Returns KAGE_OK, -ENOENT. */
 KAGE_API int kage_kvm_helper_stop(struct kage_kvm *kvm);
 
-/** Makes a vCPU's dirty ring known (mapped from its descriptor, borrowed). -EINVAL, -ENOENT (no rings), -ENOMEM, errno of mmap. */
+/**
+ * Makes a vCPU's dirty ring known (mapped from its descriptor, borrowed). From then on the VMM does not reset
+ * rings itself: KVM_RESET_DIRTY_RINGS loses writes when a signal interrupts it, which Kage holds back. Returns KAGE_OK,
+ * -EINVAL, -ENOENT (no rings), -ENOMEM, errno of mmap.
+ */
 KAGE_API int kage_kvm_add_vcpu(struct kage_kvm *kvm, int vcpufd);
 /** Takes what KVM logged into the open dirty logs; after KVM_EXIT_DIRTY_RING_FULL. Returns KAGE_OK or -errno. */
 KAGE_API int kage_kvm_sync_dirty(struct kage_kvm *kvm);
