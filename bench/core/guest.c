@@ -8,26 +8,6 @@
 
 #include "core.h"
 
-void must(int result, const char *what)
-{
-	if (result == 0)
-		return;
-	fflush(stdout);
-	fprintf(stderr, "kage-bench-core: %s: %s (%d)\n", what, result < 0 ? strerror(-result) : "outcome",
-		result);
-	exit(2);
-}
-
-void *must_map(void *p, const char *what)
-{
-	if (p == MAP_FAILED || !p) {
-		fflush(stdout);
-		perror(what);
-		exit(2);
-	}
-	return p;
-}
-
 struct guest guest_create(uint64_t bytes, uint32_t region_flags, uint64_t reserve)
 {
 	struct guest g = {.bytes = bytes};

@@ -149,6 +149,7 @@ static int add_guest(struct mm *mm, void *arg)
 	out->pages_shared_merge += one.pages_shared_merge;
 	out->pages_zero += one.pages_zero;
 	out->pages_untouched += one.pages_untouched;
+	out->pages_host_private += one.pages_host_private;
 	return 0;
 }
 

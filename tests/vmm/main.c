@@ -179,8 +179,8 @@ static int make_clones(struct vmm *vmm[], unsigned n)
 		r = vmm_clone(vmm[i - 1], &config, &vmm[i]);
 		if (r < 0)
 			return r;
-		printf("clone %u: the parent stood %.1f us (%.1f parking, %.1f state, %.1f memory); ready after %.1f us more\n",
-		       i, t.parked_ns / 1e3, t.park_ns / 1e3, t.state_ns / 1e3, t.memory_ns / 1e3, t.child_ns / 1e3);
+		printf("clone %u: the parent stood %.1f us (%.1f parking, %.1f state, %.1f memory); "
+		       "ready after %.1f us more\n", i, t.parked_ns / 1e3, t.park_ns / 1e3, t.state_ns / 1e3, t.memory_ns / 1e3, t.child_ns / 1e3);
 	}
 	return 0;
 }
@@ -415,6 +415,7 @@ int main(int argc, char **argv)
 		printf("skipped: %s\n", missing);
 		return 77;
 	}
+	setvbuf(stdout, NULL, _IOLBF, 0);
 	argv += 1 + optind;
 	return linux_guest ? linux_command(&o, argv) : payload_command(&o, argv);
 }

@@ -21,7 +21,7 @@
 #define LEAF	0x67 /* and dirty */
 #define LARGE	0x80
 
-/* 104 bytes, of which only the bitmap's offset matters here; 65536 bits, 0 allows; a byte of ones (SDM volume 1, 19.5.2). */
+/* 104 bytes, of which the bitmap's offset matters; 65536 bits, 0 allows; a byte of ones (SDM volume 1, 19.5.2). */
 #define TSS_BITMAP_AT 102
 #define TSS_BITMAP    104
 #define TSS_LIMIT     (TSS_BITMAP + 65536 / 8)

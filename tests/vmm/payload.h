@@ -50,23 +50,24 @@ enum payload_port_number {
 
 enum payload_program {
 	/*
-	 * For ever: picks a random page, verifies what it wrote there last (log: 16 bytes a page, generation and identity),
-	 * writes `words` words made of page number, generation and identity. Reseeds when the identity page changes. When
-	 * it sees `stop` it verifies all pages first. count, errors, audited, error_*.
+	 * For ever: picks a random page, verifies what it wrote there last (log: 16 bytes a page, generation
+	 * and identity), writes `words` words made of page number, generation and identity. Reseeds when the
+	 * identity page changes. When it sees `stop` it verifies all pages first. count, errors, audited, error_*.
 	 */
 	PAYLOAD_STAMP = 1,
-	/* Rounds: `iterations` read-modify-writes of 8 bytes over the pages. mode: enum payload_order. checksum, tsc_*. */
+	/* Rounds: `iterations` read-modify-writes of 8 bytes. mode: enum payload_order. checksum, tsc_*. */
 	PAYLOAD_MEMORY = 2,
 	/*
 	 * For ever: longest gap between two reads of the TSC (`longest`; the VMM may put 0). When `go` changes:
-	 * writes to `iterations` distinct pages, tsc_begin to tsc_end, the slowest in `slowest`; then sets `done`, without a report.
+	 * writes to `iterations` distinct pages, from tsc_begin to tsc_end, the slowest in `slowest`; then sets
+	 * `done`, without a report.
 	 */
 	PAYLOAD_TICKS = 3,
-	/* Rounds: writes `iterations` pages drawn from `seed`, logs their page numbers (8 bytes each) at `log`. count. */
+	/* Rounds: writes `iterations` pages drawn from `seed`, logs their numbers (8 bytes each) at `log`. count. */
 	PAYLOAD_DIRTY = 4,
-	/* Rounds: mode PAYLOAD_READ, PAYLOAD_WRITE or both: the first word of every page, in order. checksum, tsc_*. */
+	/* Rounds: the first word of every page, in order. mode: PAYLOAD_READ, _WRITE or both. checksum, tsc_*. */
 	PAYLOAD_TOUCH = 5,
-	/* Rounds: `iterations` exits. mode: enum payload_exit; MMIO at `base`. checksum: sum of what was read, tsc_*. */
+	/* Rounds: `iterations` exits. mode: enum payload_exit; MMIO at `base`. checksum: sum of reads, tsc_*. */
 	PAYLOAD_HYPERCALL = 6,
 };
 
@@ -103,12 +104,12 @@ struct payload_mailbox {
 	uint64_t count;      /* STAMP: pages stamped, the generation of the next is one more */
 	uint64_t errors;
 	uint64_t audited;    /* STAMP: pages verified since `stop` was seen */
-	uint64_t error_page, error_word, error_found, error_expected; /* the first one; gfn, or ~0 as word: the log itself */
+	uint64_t error_page, error_word, error_found, error_expected; /* the first; word ~0: the log itself */
 	uint64_t checksum;
 	uint64_t tsc_begin, tsc_end;
 	uint64_t longest, slowest;
 	uint64_t reseeded;   /* times that the identity changed */
-	uint64_t ancestors;  /* STAMP: identities it had before, and the generation it had reached when each ended */
+	uint64_t ancestors;  /* STAMP: identities it had before, and the generation reached under each */
 	struct {
 		uint64_t id, generation;
 	} ancestor[PAYLOAD_ANCESTORS];

@@ -151,7 +151,7 @@ enum vmm_flags {
 struct vmm_config {
 	uint32_t flags;
 	uint32_t dirty_ring_bytes;  /* not 0: KVM_CAP_DIRTY_LOG_RING(_ACQ_REL) is enabled with rings of this size */
-	struct vmm_ram *ram;        /* given to the VM, if vmm_create() succeeds; NULL: the caller sets slots of vmm->fd itself */
+	struct vmm_ram *ram;        /* given to the VM, if vmm_create() succeeds; NULL: the caller sets slots itself */
 	uint64_t identity;          /* gpa of a struct vmm_identity that clones are given anew; 0: none */
 	/* What the serial port sends. Any vCPU's thread. NULL: dropped. */
 	void (*serial_out)(void *opaque, const void *bytes, size_t n);
@@ -275,10 +275,10 @@ struct vmm_entry {
 	uint64_t rip, rsp, rflags;   /* rflags 0: 2, and 3002 for CPL 3 */
 	uint64_t cr3;
 	uint64_t rdi, rsi;
-	unsigned cpl;                /* 0 or 3; 3 with IOPL 3 */
+	unsigned cpl;                /* 0 or 3; 3 with IOPL 3, where KVM keeps it */
 	uint64_t cr0, cr4, efer;     /* 0: 80050033, a0, d01 */
 	uint64_t gdt, idt;           /* bases; the limits are those of a page if a base is set */
-	uint64_t tss;                /* base of the task state segment; for CPL 3 its bitmap says which ports are allowed */
+	uint64_t tss;                /* base of the task state segment, whose bitmap allows ports to CPL 3 */
 	uint32_t tss_limit;          /* 0: 67, no bitmap */
 	uint16_t cs, ss, ds;         /* selectors; 0: 0x10, 0x18, 0x18 for CPL 0, 0x33, 0x2b, 0x2b for CPL 3 */
 };
