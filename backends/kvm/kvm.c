@@ -102,7 +102,7 @@ static int open_slots(struct kage_kvm *k)
 	if (r)
 		return r;
 	k->ring = feature_used(&k->features, KAGE_KVM_DIRTY_RING) && k->config.dirty_ring_bytes;
-	return rings_init(&k->rings, k->env, k->vmfd);
+	return k->ring ? rings_init(&k->rings, k->env, k->vmfd) : 0;
 }
 
 #define MAP_COUNT_DEFAULT 65530

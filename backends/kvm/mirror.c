@@ -439,6 +439,7 @@ static struct blocked *blocked_new(struct kage_kvm *k, const struct kage_range *
 static void blocked_free(struct kage_kvm *k, struct blocked *b)
 {
 	k->reserved -= b->reserved;
+	runs_trim(&k->runs, k->reserved);
 	b->used = false;
 	atomic_fetch_add(&k->unblocked, 1);
 	word_wake(&k->unblocked);

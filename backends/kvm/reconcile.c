@@ -260,6 +260,8 @@ int64_t mirror_reconcile(struct mirror *m, bool adopt)
 
 	if (adopt && !m->blocks)
 		return -EOPNOTSUPP;
+	if (adopt && pool_pending(k->pool))
+		pool_reap(k->pool); /* home slots that wait for their grace period are where pages belong */
 	r = mirror_each_diverged(m, GFN(0), GFN((uint64_t)1 << GFN_BITS), reconcile_block, &rc);
 	if (r)
 		return r;

@@ -8,10 +8,12 @@
  */
 #include "runs.h"
 
+#define SPARE_KEPT 32 /* leaves that come and go with changes */
+
 /* Neighbouring single pages: each call adds at most two runs, and a split leaf has room for half a leaf. */
 static unsigned splits_for(uint64_t n)
 {
-	return (unsigned)(MIN(n, (uint64_t)1 << 20) * 2 / (RUNS_LEAF / 2)) + 8;
+	return (unsigned)(MIN(n, (uint64_t)1 << 20) * 2 / (RUNS_LEAF / 2)) + 4;
 }
 
 void runs_init(struct runs *r, struct pool *pool)
@@ -61,7 +63,7 @@ int runs_reserve(struct runs *r, uint64_t n)
 	unsigned want = splits_for(n);
 
 	if (r->leaves + want > r->room) {
-		unsigned room = 2 * (r->leaves + want);
+		unsigned room = 2 * r->leaves + want;
 		struct run_leaf **leaf = env_alloc(env, room * sizeof(*leaf));
 
 		if (!leaf)
@@ -82,6 +84,17 @@ int runs_reserve(struct runs *r, uint64_t n)
 		r->spares++;
 	}
 	return 0;
+}
+
+void runs_trim(struct runs *r, uint64_t n)
+{
+	while (r->spares > splits_for(n) + SPARE_KEPT) {
+		struct run_leaf *l = r->spare;
+
+		r->spare = l->next;
+		r->spares--;
+		env_free(r->pool->env, l, sizeof(*l));
+	}
 }
 
 static struct run_leaf *spare_take(struct runs *r)

@@ -32,7 +32,7 @@ struct run {
 	enum run_kind kind;
 };
 
-#define RUNS_LEAF 126
+#define RUNS_LEAF 31 /* a leaf is 1 KiB */
 
 struct run_leaf {
 	unsigned count;
@@ -53,6 +53,8 @@ void runs_init(struct runs *r, struct pool *pool);
 void runs_finish(struct runs *r);
 /* Memory for runs_set() on `npages` neighbouring pages one by one, or for any `n` calls (the larger counts). -ENOMEM. */
 int runs_reserve(struct runs *r, uint64_t n);
+/* Gives spare memory back, but for what the next few changes take and `n` neighbouring pages. */
+void runs_trim(struct runs *r, uint64_t n);
 /* One more runs_set() needs no memory. */
 static inline bool runs_ready(const struct runs *r) { return r->spares >= 3 && r->leaves + 3 <= r->room; }
 /* The run that holds gfn, or NULL. Valid until the next change. */

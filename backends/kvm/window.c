@@ -283,7 +283,7 @@ static void spans_commit(struct kage_kvm *k)
 
 /* -- the set of regions changes ---------------------------------------------------------- */
 
-#define COMMIT_RUNS 64
+#define COMMIT_RUNS 16 /* cuts that trimming windows makes */
 
 static void windows_drop_unused(struct kage_kvm *k, const struct regions *now)
 {
@@ -324,6 +324,7 @@ void window_cancel(struct mirror *m)
 		spans_cancel(k);
 		windows_drop_unused(k, k->mm->regions);
 		k->reserved -= COMMIT_RUNS;
+		runs_trim(&k->runs, k->reserved);
 		k->preparing = false;
 	}
 	lock_drop(&k->lock);
@@ -399,6 +400,7 @@ void window_commit(struct mirror *m, const struct regions *next)
 		env_corrupt(k->env, "mm %llu: a window could not be mapped: errno %d",
 			    (unsigned long long)k->mm->id, -r);
 	k->reserved -= COMMIT_RUNS;
+	runs_trim(&k->runs, k->reserved);
 	k->preparing = false;
 	lock_drop(&k->lock);
 }

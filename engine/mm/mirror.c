@@ -117,6 +117,7 @@ struct adopt {
 	entry_t old[BLOCK_PAGES];
 	pfn_t to[BLOCK_PAGES]; /* of pages in map */
 	uint64_t own[MIRROR_WORDS]; /* `to` is the old frame */
+	bool gather;		    /* exclusive frames that lie elsewhere come home too */
 	uint64_t diverged;	    /* pages */
 	pfn_t populated_base;	    /* 2 MiB of which `populated` says what holds memory; PFN_NONE: none yet */
 	uint64_t populated[MIRROR_WORDS];
@@ -154,6 +155,14 @@ static bool home_frame(struct mm *mm, const struct region *reg, gfn_t gfn, pfn_t
 	return claimed;
 }
 
+/* An exclusive frame that is neither at home nor pinned. */
+static bool frame_moves(struct mm *mm, const struct region *reg, gfn_t gfn, pfn_t pfn)
+{
+	struct extent *home = reg->kind == KAGE_REGION_ANON ? region_home(mm, reg) : NULL;
+
+	return home && !pfn_eq(extent_pfn(home, gfn), pfn) && frame_pins(pfn_frame(mm->host->pool, pfn)) == 0;
+}
+
 /* A target for one page. Trapped memory is filled by its owner, before anybody sees it. */
 static int adopt_target(struct adopt *a, unsigned i)
 {
@@ -164,7 +173,8 @@ static int adopt_target(struct adopt *a, unsigned i)
 	bool trap = reg->flags & KAGE_REGION_TRAP && entry_is_none(e);
 	int r = 0;
 
-	if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL) && frame_exclusive(mm->host, entry_pfn(e))) {
+	if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL) && frame_exclusive(mm->host, entry_pfn(e)) &&
+	    (!a->gather || !frame_moves(mm, reg, gfn, entry_pfn(e)))) {
 		a->to[i] = entry_pfn(e);
 		bit_set(a->own, i);
 		return 0;
@@ -360,13 +370,14 @@ static void adopt_done(struct adopt *a)
 	mm_count_add(mm, cow_breaks, pages - a->diverged);
 }
 
-int mm_adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct notify_reader *self, const void *owner)
+static int adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], bool gather, struct notify_reader *self,
+		 const void *owner)
 {
 	struct adopt a = {
 		.c = { .ops = &adopt_ops, .targets = 1, .reason = KAGE_REASON_CLEAR,
 		       .flags = KAGE_RANGE_SAME_CONTENT | KAGE_RANGE_OPTIONAL, .owner = owner, .self = self,
 		       .adopts = true },
-		.target = { .mm = mm }, .base = base, .map = map,
+		.target = { .mm = mm }, .base = base, .map = map, .gather = gather,
 	};
 	unsigned first, end;
 	int r;
@@ -381,6 +392,11 @@ int mm_adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct
 	if (r == 0)
 		adopt_done(&a);
 	return r;
+}
+
+int mm_adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct notify_reader *self, const void *owner)
+{
+	return adopt(mm, base, map, false, self, owner);
 }
 
 int mm_adopt_page(struct mm *mm, gfn_t gfn, struct notify_reader *self, const void *owner)
@@ -405,10 +421,26 @@ int mm_adopt_block(struct mm *mm, gfn_t base)
 	}
 	for (unsigned w = 0; w < MIRROR_WORDS; w++)
 		any |= map[w];
-	r = any ? mm_adopt(mm, base, map, NULL, NULL) : 0;
+	r = any ? adopt(mm, base, map, true, NULL, NULL) : 0;
 	if (r == 0)
 		mm_count(mm, blocks_widened);
 	return r;
+}
+
+/* Merging has saved memory here, which a whole block of the guest's own would cost again. */
+static bool block_merged(struct mm *mm, gfn_t base)
+{
+	bool merged = false;
+
+	rcu_enter();
+	for (unsigned i = 0; !merged && i < BLOCK_PAGES; i++) {
+		struct mm_lookup l = mm_lookup(mm, gfn_add(base, i));
+
+		merged = entry_is_leaf(l.entry) && l.level == 0 &&
+			 (pfn_is_zero(l.pfn) || frame_kind(pfn_frame(mm->host->pool, l.pfn)) == FRAME_STABLE);
+	}
+	rcu_leave();
+	return merged;
 }
 
 /*
@@ -426,7 +458,9 @@ int mm_adopt_runs(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS])
 		runs += (unsigned)__builtin_popcountll(map[w] & ~(map[w] << 1 | before >> 63));
 		before = map[w];
 	}
-	return runs < WIDEN_RUNS ? mm_adopt(mm, base, map, NULL, NULL) : mm_adopt_block(mm, base);
+	if (runs < WIDEN_RUNS || block_merged(mm, base))
+		return mm_adopt(mm, base, map, NULL, NULL);
+	return mm_adopt_block(mm, base);
 }
 
 static int adopt_block(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg)
@@ -476,8 +510,11 @@ static int adopt_marked(struct mm *mm, gfn_t start, gfn_t end)
 
 int mm_adopt_diverged(struct mm *mm, gfn_t start, gfn_t end)
 {
-	int r = mm->mirror->ops->each_diverged(mm->mirror, start, end, adopt_block, NULL);
+	int r;
 
+	if (pool_pending(mm->host->pool))
+		pool_reap(mm->host->pool); /* home slots that wait for their grace period are where pages belong */
+	r = mm->mirror->ops->each_diverged(mm->mirror, start, end, adopt_block, NULL);
 	if (!atomic_load(&mm->count.pages_broken))
 		return r;
 	for (unsigned i = 0; r == 0 && i < mm->regions->count; i++) {
