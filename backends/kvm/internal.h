@@ -61,7 +61,7 @@ struct blocked {
 	gfn_t start, end;
 	uint64_t id;
 	uint64_t reserved; /* pages, see runs_reserve() */
-	bool used, protected;
+	bool used, protected, paused;
 };
 
 #define BLOCKED_MAX NOTIFY_CHANGES

@@ -300,11 +300,13 @@ struct stretch {
 	uint64_t npages;
 	uint64_t mode; /* as mirror_mode() */
 	bool zero;     /* anonymous memory: what is not there cannot be protected, but for recent kernels */
+	bool exact;    /* all first writes trap */
 };
 
 static bool stretch_grow(struct stretch *s, const struct stretch *next)
 {
-	if (s->npages && (s->gfn.v + s->npages != next->gfn.v || s->mode != next->mode || s->zero != next->zero))
+	if (s->npages && (s->gfn.v + s->npages != next->gfn.v || s->mode != next->mode || s->zero != next->zero ||
+			  s->exact != next->exact))
 		return false;
 	if (!s->npages)
 		*s = *next;
@@ -322,7 +324,10 @@ static int stretch_call(struct kage_kvm *k, const struct stretch *s, stretch_fn 
 	return at ? fn(k, at, s->npages << PAGE_SHIFT, s) : 0;
 }
 
-/* Not those of an exact policy's PRIVATE runs: what is mapped there is protected, the rest traps anyhow. */
+/*
+ * PRIVATE runs of an exact policy stay as they are: what is mapped there is protected, the rest traps. But
+ * for pages that slipped by, before their mapping had been registered.
+ */
 static int each_stretch(struct kage_kvm *k, gfn_t start, gfn_t end, stretch_fn *fn)
 {
 	struct stretch s = { .npages = 0 };
@@ -340,8 +345,7 @@ static int each_stretch(struct kage_kvm *k, gfn_t start, gfn_t end, stretch_fn *
 		next.mode = mirror_mode(k, run);
 		next.zero = run->kind == RUN_ZERO;
 		start = gfn_add(next.gfn, next.npages);
-		if (k->mirror.exact && run->kind == RUN_PRIVATE)
-			continue;
+		next.exact = k->mirror.exact && run->kind == RUN_PRIVATE;
 		if (s.npages && window_find(k, s.gfn) == w && stretch_grow(&s, &next))
 			continue;
 		r = stretch_call(k, &s, fn);
@@ -350,10 +354,17 @@ static int each_stretch(struct kage_kvm *k, gfn_t start, gfn_t end, stretch_fn *
 	return r ? r : stretch_call(k, &s, fn);
 }
 
+static int protect_slipped(void *arg, char *from, char *to)
+{
+	return uffd_protect(arg, from, (size_t)(to - from));
+}
+
 static int stretch_protect(struct kage_kvm *k, char *at, size_t len, const struct stretch *s)
 {
 	int r = 0;
 
+	if (s->exact)
+		return scan_private(&k->features, at, len, protect_slipped, &k->uffd);
 	if (s->zero && !(s->mode & UFFDIO_REGISTER_MODE_MISSING) && !(k->uffd.features & UFFD_FEATURE_WP_UNPOPULATED))
 		madvise(at, len, MADV_POPULATE_READ);
 	if (!s->mode)
@@ -363,6 +374,8 @@ static int stretch_protect(struct kage_kvm *k, char *at, size_t len, const struc
 
 static int stretch_unprotect(struct kage_kvm *k, char *at, size_t len, const struct stretch *s)
 {
+	if (s->exact)
+		return 0;
 	if (s->mode)
 		uffd_unprotect(&k->uffd, at, len);
 	else
@@ -382,7 +395,7 @@ static int block(struct kage_kvm *k, struct blocked *b)
 
 	if (k->detaching)
 		return 0;
-	b->protected = true;
+	b->protected = k->wp;
 	if (k->wp)
 		r = each_stretch(k, b->start, b->end, stretch_protect);
 	if (r) {
@@ -393,24 +406,23 @@ static int block(struct kage_kvm *k, struct blocked *b)
 	return r;
 }
 
-static int pause_guest(struct kage_kvm *k)
+static int pause_guest(struct kage_kvm *k, bool *paused)
 {
 	int r = 0;
 
-	if (k->wp || k->detaching)
+	if (READ_ONCE(k->wp) || k->detaching)
 		return 0;
 	lock_take(&k->pause_lock);
 	if (k->paused == 0)
 		r = k->config.pause ? k->config.pause(k->config.opaque) : -EOPNOTSUPP;
 	k->paused += r == 0;
+	*paused = r == 0;
 	lock_drop(&k->pause_lock);
 	return r;
 }
 
 static void resume_guest(struct kage_kvm *k)
 {
-	if (k->wp || k->detaching)
-		return;
 	lock_take(&k->pause_lock);
 	if (--k->paused == 0 && k->config.resume)
 		k->config.resume(k->config.opaque);
@@ -445,28 +457,31 @@ static void blocked_free(struct kage_kvm *k, struct blocked *b)
 	word_wake(&k->unblocked);
 }
 
-static bool range_ours(const struct kage_kvm *k, const struct kage_range *range)
+/* The mirror's own changes replace no mapping: they only keep others from doing so meanwhile. */
+static bool range_replaces(const struct kage_kvm *k, const struct kage_range *range)
 {
-	return range->reason == KAGE_REASON_CLEAR && range->owner != &k->mirror;
+	return range->owner != &k->mirror;
 }
 
 static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 {
 	struct kage_kvm *k = container_of(n, struct kage_kvm, notifier);
 	gfn_t start = gpa_gfn(GPA(range->start)), end = gpa_gfn(GPA(range->end));
-	bool same = range->flags & KAGE_RANGE_SAME_CONTENT;
+	bool same = range->flags & KAGE_RANGE_SAME_CONTENT && range_replaces(k, range), paused = false;
 	struct blocked *b;
-	int r;
+	int r = 0;
 
-	if (!range_ours(k, range))
+	if (range->reason != KAGE_REASON_CLEAR)
 		return 0;
-	r = same ? pause_guest(k) : 0;
+	if (same)
+		r = pause_guest(k, &paused);
 	if (r)
 		return range->flags & KAGE_RANGE_OPTIONAL ? -ETIMEDOUT : -EAGAIN;
 	lock_take(&k->lock);
 	r = blocked_wait(k, range, start, end);
 	if (r == 0) {
 		b = blocked_new(k, range, start, end);
+		b->paused = paused;
 		r = runs_reserve(&k->runs, k->reserved);
 		if (r == 0 && same)
 			r = block(k, b);
@@ -474,7 +489,7 @@ static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 			blocked_free(k, b);
 	}
 	lock_drop(&k->lock);
-	if (r && same)
+	if (r && paused)
 		resume_guest(k);
 	return r == 0 || r == -EAGAIN ? r : -ENOMEM;
 }
@@ -483,30 +498,31 @@ static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
 {
 	struct kage_kvm *k = container_of(n, struct kage_kvm, notifier);
 	gfn_t start = gpa_gfn(GPA(range->start)), end = gpa_gfn(GPA(range->end));
-	bool same = range->flags & KAGE_RANGE_SAME_CONTENT;
+	bool same = range->flags & KAGE_RANGE_SAME_CONTENT, paused;
 	struct blocked *b = NULL;
 	int64_t pages;
 
-	if (!range_ours(k, range))
+	if (range->reason != KAGE_REASON_CLEAR)
 		return;
 	lock_take(&k->lock);
 	for (unsigned i = 0; !b && i < BLOCKED_MAX; i++)
 		if (k->blocked[i].used && k->blocked[i].id == range->id)
 			b = &k->blocked[i];
 	kage_assert(b);
-	pages = mirror_sync(k, start, end, !same);
+	pages = range_replaces(k, range) ? mirror_sync(k, start, end, !same) : 0;
 	if (pages < 0)
 		env_corrupt(k->env, "mm %llu gfn %llx: a mapping failed, errno %d",
 			    (unsigned long long)k->mm->id, (unsigned long long)start.v, (int)-pages);
-	if (b->protected && k->wp) {
+	if (b->protected) {
 		if (pages != (int64_t)(end.v - start.v))
 			each_stretch(k, start, end, stretch_unprotect);
 		each_stretch(k, start, end, stretch_wake);
 	}
 	WRITE_ONCE(k->mirror.scarce, k->runs.count + 8 > mirror_share(k));
+	paused = b->paused;
 	blocked_free(k, b);
 	lock_drop(&k->lock);
-	if (same)
+	if (paused)
 		resume_guest(k);
 }
 

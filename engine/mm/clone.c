@@ -261,6 +261,8 @@ int mm_clone(struct mm *parent, struct mm *child)
 	if (r)
 		return r;
 	k.c.target = &k.target;
+	if (mm_native(parent))
+		k.c.lost = KAGE_RWX; /* what becomes shared may diverge: not even reads may go on from its frame */
 	brlock_write(&f->lock);
 	brlock_write(&parent->range);
 	if (parent->mirror)

@@ -318,9 +318,13 @@ static int adopt_recheck(struct change *c)
 {
 	struct adopt *a = container_of(c, struct adopt, c);
 
-	for_each_bit(i, a->map)
+	for_each_bit(i, a->map) {
 		if (entry_load(&a->table[i]) != a->old[i])
 			return -EAGAIN;
+		/* an entry without W looks the same after merging has made its frame a stable one, in place */
+		if (bit_test(a->own, i) && !frame_exclusive(a->target.mm->host, a->to[i]))
+			return -EAGAIN;
+	}
 	return 0;
 }
 
@@ -583,7 +587,7 @@ struct broken {
 	struct change c;
 	struct change_target target;
 	gfn_t base;
-	const uint64_t *map;
+	uint64_t map[MIRROR_WORDS];
 	uint64_t *left;
 	entry_t *table;
 };
@@ -593,6 +597,23 @@ static int broken_prepare(struct change *c)
 	struct broken *b = container_of(c, struct broken, c);
 
 	return leaf_table(b->target.mm, b->base, &b->table);
+}
+
+/*
+ * What was found may be long ago: a clone or an adoption may have brought the page home
+ * since. The mirror lets no other change of the range be in flight now, and a page that has
+ * diverged stays so until one.
+ */
+static int broken_inspect(struct change *c)
+{
+	struct broken *b = container_of(c, struct broken, c);
+	struct mirror *m = b->target.mm->mirror;
+	uint64_t now[MIRROR_WORDS];
+
+	m->ops->diverged(m, b->base, BLOCK_PAGES, now);
+	for (unsigned w = 0; w < MIRROR_WORDS; w++)
+		b->map[w] &= now[w];
+	return 0;
 }
 
 /* V5: may the frame of an entry be dropped while the window can still show it? */
@@ -626,17 +647,20 @@ static void broken_commit(struct change *c)
 	table_unlock(w);
 }
 
-static const struct change_ops broken_ops = { .prepare = broken_prepare, .commit = broken_commit };
+static const struct change_ops broken_ops = {
+	.prepare = broken_prepare, .inspect = broken_inspect, .commit = broken_commit,
+};
 
 int mm_host_private(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], uint64_t left[MIRROR_WORDS])
 {
 	struct broken b = {
 		.c = { .ops = &broken_ops, .targets = 1, .reason = KAGE_REASON_CLEAR, .owner = mm->mirror,
 		       .flags = KAGE_RANGE_SAME_CONTENT, .adopts = true },
-		.target = { .mm = mm }, .base = base, .map = map, .left = left,
+		.target = { .mm = mm }, .base = base, .left = left,
 	};
 	unsigned first, end;
 
+	memcpy(b.map, map, sizeof(b.map));
 	memset(left, 0, MIRROR_WORDS * sizeof(left[0]));
 	bits_span(map, &first, &end);
 	b.target.notify.start = gfn_add(base, first);

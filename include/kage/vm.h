@@ -136,7 +136,9 @@ KAGE_API int kage_vm_advise(struct kage_vm *vm, uint64_t gpa, uint64_t len, enum
 /**
  * Clones a guest: the new guest has the same regions and contents, and every
  * page is shared until one side writes. The parent's vCPUs may be running; the
- * clone is a snapshot at one instant between call and return. Pinned pages and
+ * clone is a snapshot at one instant between call and return. Not so of a guest that is attached to KVM
+ * (kvm.h): its vCPUs are parked meanwhile; what a thread writes through a window during the call is in the clone or not,
+ * page by page, and never lost. Pinned pages and
  * EXTERNAL regions are copied. Time does not depend on the size of the guest
  * apart from those. vCPUs, listeners and dirty logs are not cloned.
  *
