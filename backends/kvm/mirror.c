@@ -354,17 +354,27 @@ static int each_stretch(struct kage_kvm *k, gfn_t start, gfn_t end, stretch_fn *
 	return r ? r : stretch_call(k, &s, fn);
 }
 
+struct slipped {
+	struct kage_kvm *k;
+	uint64_t mode;
+};
+
+/* Registered anew first: a page that slipped by may have done so because somebody took the registration away. */
 static int protect_slipped(void *arg, char *from, char *to)
 {
-	return uffd_protect(arg, from, (size_t)(to - from));
+	struct slipped *s = arg;
+	int r = uffd_register(&s->k->uffd, from, (size_t)(to - from), s->mode);
+
+	return r ? r : uffd_protect(&s->k->uffd, from, (size_t)(to - from));
 }
 
 static int stretch_protect(struct kage_kvm *k, char *at, size_t len, const struct stretch *s)
 {
+	struct slipped slipped = { k, s->mode };
 	int r = 0;
 
 	if (s->exact)
-		return scan_private(&k->features, at, len, protect_slipped, &k->uffd);
+		return scan_private(&k->features, at, len, protect_slipped, &slipped);
 	if (s->zero && !(s->mode & UFFDIO_REGISTER_MODE_MISSING) && !(k->uffd.features & UFFD_FEATURE_WP_UNPOPULATED))
 		madvise(at, len, MADV_POPULATE_READ);
 	if (!s->mode)
@@ -491,7 +501,7 @@ static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 	lock_drop(&k->lock);
 	if (r && paused)
 		resume_guest(k);
-	return r == 0 || r == -EAGAIN ? r : -ENOMEM;
+	return r == 0 || r == -EAGAIN || r == -ENOMEM ? r : -ETIMEDOUT; /* what an optional change may be told */
 }
 
 static void mirror_end(struct kage_notifier *n, const struct kage_range *range)

@@ -229,6 +229,7 @@ static int reconcile_block(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_
 	struct reconcile *rc = arg;
 	struct brlock_held held;
 	uint64_t now[MIRROR_WORDS];
+	unsigned reaps = 0;
 	int r;
 
 	do {
@@ -239,7 +240,7 @@ static int reconcile_block(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_
 				now[i / 64] &= ~((uint64_t)1 << (i % 64));
 		r = map_count(now) ? reconcile_held(mm, base, now, rc) : 0;
 		brlock_read_drop(&mm->range, held);
-	} while (r == -EAGAIN || (r == -ENOMEM && pool_reap(mm->host->pool) > 0));
+	} while (r == -EAGAIN || (r == -ENOMEM && reaps++ < REAPS_MAX && pool_reap(mm->host->pool) > 0));
 	return r;
 }
 

@@ -130,16 +130,13 @@ static int keep_range(struct mm *parent, gfn_t start, uint64_t npages, void *arg
 	return 0;
 }
 
-static int mirror_freeze(struct clone *k)
+static int mirror_kept(struct clone *k)
 {
-	struct mirror *m = k->parent->mirror;
 	int r = mm_own_holes(k->parent, &k->kept, &k->holes, &k->kept_room);
 
 	k->nkept = k->holes;
 	if (r == 0)
 		r = mm_each_pin(k->parent, keep_range, k); /* copied, not dropped */
-	if (r == 0)
-		r = m->ops->freeze(m, k->kept, k->nkept);
 	return r;
 }
 
@@ -199,12 +196,17 @@ static void clone_share_root(struct clone *k)
 static int clone_recheck(struct change *c)
 {
 	struct clone *k = container_of(c, struct clone, c);
-	int r = k->parent->mirror ? mirror_freeze(k) : 0;
+	struct mirror *m = k->parent->mirror;
+	int r = m ? mirror_kept(k) : 0;
 
 	if (r)
 		return r;
+	/* Before the freeze: who sees W reads the frame, and what the guest writes after the freeze is not there. */
 	clone_share_root(k);
-	r = child_drop_holes(k);
+	if (m)
+		r = m->ops->freeze(m, k->kept, k->nkept);
+	if (r == 0)
+		r = child_drop_holes(k);
 	return r ? r : clone_copies(k);
 }
 

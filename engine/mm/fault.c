@@ -438,6 +438,7 @@ static int fault_once(struct mm *mm, struct mm_fault *f, const struct region *re
 int mm_fault_held(struct mm *mm, struct mm_fault *f, struct brlock_held held)
 {
 	const struct region *reg = mm_region(mm, f->gfn);
+	unsigned reaps = 0;
 	int r;
 
 	mm_count(mm, faults);
@@ -447,7 +448,7 @@ int mm_fault_held(struct mm *mm, struct mm_fault *f, struct brlock_held held)
 	} else {
 		do
 			r = fault_once(mm, f, reg);
-		while (r == FAULT_AGAIN || (r == -ENOMEM && pool_reap(mm->host->pool) > 0));
+		while (r == FAULT_AGAIN || (r == -ENOMEM && reaps++ < REAPS_MAX && pool_reap(mm->host->pool) > 0));
 	}
 	trace(mm->host->env, fault_done, mm->id, f->gfn.v, r);
 	return r;

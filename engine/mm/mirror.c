@@ -469,11 +469,12 @@ int mm_adopt_runs(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS])
 
 static int adopt_block(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg)
 {
+	unsigned reaps = 0;
 	int r;
 
 	do
 		r = mm_adopt_runs(mm, base, map);
-	while (r == -EAGAIN || (r == -ENOMEM && pool_reap(mm->host->pool) > 0));
+	while (r == -EAGAIN || (r == -ENOMEM && reaps++ < REAPS_MAX && pool_reap(mm->host->pool) > 0));
 	return r;
 }
 

@@ -35,6 +35,7 @@
 #include "mm/mm.h"
 
 #define MIRROR_WORDS (BLOCK_PAGES / 64)
+#define REAPS_MAX 3 /* what a failed attempt gave back is pending too: it must not feed the next one for ever */
 
 struct mirror;
 

@@ -72,7 +72,7 @@ static bool memory_is_foreign(struct shadow *s, gfn_t gfn)
 
 	rcu_enter();
 	r = mm_region(s->mm, gfn);
-	foreign = r && (r->kind == KAGE_REGION_FOREIGN || (r->flags & KAGE_REGION_EXTERNAL));
+	foreign = r && (r->kind == KAGE_REGION_FOREIGN || (r->flags & KAGE_REGION_EXTERNAL) || s->mm->mirror);
 	rcu_leave();
 	return foreign;
 }

@@ -19,6 +19,7 @@
  * Locks: walk_guest() takes none over its reads; refresh() the shadow lock. An
  * update is a reader section with a hold (notify.h) on the table's page.
  */
+#include "mm/mirror.h"
 #include "shadow/internal.h"
 
 #define X86_ENTRY_A ((uint64_t)1 << 5)
@@ -61,6 +62,13 @@ const uint64_t *table_map(struct shadow *s, gfn_t gfn)
 	l = mm_lookup(s->mm, gfn);
 	if (!entry_is_leaf(l.entry) || pfn_is_none(l.pfn))
 		return NULL;
+	/* the host kernel may have given the guest a page of its own; a fault brings it home */
+	if (!l.writable && mm_native(s->mm)) {
+		const struct region *r = mm_region(s->mm, gfn);
+
+		if (!r || r->kind != KAGE_REGION_FOREIGN)
+			return NULL;
+	}
 	return pfn_hva(s->mm->host->pool, l.pfn);
 }
 
