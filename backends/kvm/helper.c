@@ -62,6 +62,16 @@ void helper_own_end(struct kage_kvm *k)
 	atomic_store(&h->own_end, 0);
 }
 
+void helper_kick(struct kage_kvm *k)
+{
+	struct helper *h = atomic_load(&k->helper);
+
+	if (!h)
+		return;
+	eventfd_write(h->stop, 1);
+	eventfd_write(h->work, 1);
+}
+
 static bool event_range(const struct uffd_msg *m, uint64_t *start, uint64_t *end)
 {
 	switch (m->event) {
@@ -240,6 +250,9 @@ static struct uffd uffd_swap(struct kage_kvm *k, struct uffd next, bool events)
 {
 	struct uffd old;
 
+	/* No change is in flight: protections of ranges that one has blocked would be gone. */
+	brlock_write(&k->mm->family->lock);
+	brlock_write(&k->mm->range);
 	lock_take(&k->lock);
 	old = k->uffd;
 	for (unsigned i = 0; i < k->windows; i++)
@@ -248,6 +261,8 @@ static struct uffd uffd_swap(struct kage_kvm *k, struct uffd next, bool events)
 	k->events = events;
 	register_all(k);
 	lock_drop(&k->lock);
+	brlock_write_drop(&k->mm->range);
+	brlock_write_drop(&k->mm->family->lock);
 	return old;
 }
 
@@ -332,6 +347,8 @@ static int helper_stop(struct kage_kvm *k)
 	if (!k->abandoned)
 		uffd_swap(k, plain, false); /* from here on nobody waits for events to be read */
 	threads_stop(h, true);
+	if (k->abandoned)
+		h->uffd.fd = -1; /* the number is the guest's still */
 	atomic_store(&k->helper, NULL);
 	helper_free(h);
 	return KAGE_OK;

@@ -25,5 +25,7 @@
 /* Around a call of the engine's own that changes mappings of a window. k->lock held. */
 void helper_own(struct kage_kvm *k, const char *at, size_t len);
 void helper_own_end(struct kage_kvm *k);
+/* Its threads look up: trapping was abandoned. k->lock held. */
+void helper_kick(struct kage_kvm *k);
 
 #endif

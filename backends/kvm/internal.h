@@ -34,13 +34,19 @@
 #include "slots.h"
 #include "uffd.h"
 
-/* Address space that shows [gfn, gfn + npages). Sorted by gfn in kage_kvm.window. */
+/* Address space, of one mapped region at first; given back when no window lies in it any more. */
+struct reservation {
+	void *map;
+	size_t len;
+	unsigned refs;
+};
+
+/* Address space that shows [gfn, gfn + npages), which regions cover without a gap. Sorted by gfn in kage_kvm.window. */
 struct window {
 	gfn_t gfn;
 	uint64_t npages;
 	char *hva;
-	void *map; /* the reservation, for munmap */
-	size_t map_len;
+	struct reservation *reservation;
 	bool shown; /* mapped as the table says; before, all zero */
 };
 
@@ -91,6 +97,7 @@ struct kage_kvm {
 	struct rings rings;
 	bool ring;     /* KVM logs into rings */
 	bool wp;       /* writes are blocked through userfaultfd; else through pause() */
+	bool unblockable; /* some region's file is none of a kind that userfaultfd knows: through pause() */
 	bool detaching; /* nobody writes: nothing has to be blocked */
 
 	struct lock lock; /* all below */
@@ -129,10 +136,9 @@ extern const struct mirror_ops kvm_mirror_ops;
 extern const struct kage_notifier_ops kvm_notifier_ops;
 
 /*
- * Makes the mappings of [start, end) what the table says (`force`: anew, contents
- * are dropped). k->lock held. Pages mapped, or -errno: the rest is as it was.
+ * Makes the mappings of [start, end) what the table says. k->lock held. Pages mapped, or -errno: the rest is as it was.
  */
-int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end, bool force);
+int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end);
 /* Registers what must trap of a piece of one run, with one userfaultfd context or another. k->lock held. */
 int mirror_register(struct kage_kvm *k, const struct run *run);
 /* UFFDIO_REGISTER_MODE_* of a run; 0: not registered. */

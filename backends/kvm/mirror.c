@@ -22,6 +22,7 @@
  *
  * Locks taken: k->lock, k->pause_lock; the table is read lock-free.
  */
+#include <sched.h>
 #include <sys/mman.h>
 
 #include "helper.h"
@@ -229,7 +230,7 @@ static int piece_flush(struct kage_kvm *k, struct run *piece, int64_t *pages)
 	return r;
 }
 
-int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end, bool force)
+int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end)
 {
 	struct run piece = {.npages = 0};
 	uint64_t before = k->runs.count;
@@ -250,7 +251,7 @@ int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end, bool force)
 			want.npages = MIN(want.npages, run_end(cur).v - start.v);
 		start = run_end(&want);
 		if (want.kind == RUN_KEEP ||
-		    (cur && !force && cur->kind == want.kind && pfn_eq(run_pfn(cur, want.gfn), want.pfn)))
+		    (cur && cur->kind == want.kind && pfn_eq(run_pfn(cur, want.gfn), want.pfn)))
 			continue;
 		if (piece_joins(&piece, &want)) {
 			piece.npages += want.npages;
@@ -354,6 +355,16 @@ static int each_stretch(struct kage_kvm *k, gfn_t start, gfn_t end, stretch_fn *
 	return r ? r : stretch_call(k, &s, fn);
 }
 
+/* -EAGAIN: the VMM changes a mapping, and the helper's reader has yet to hear of it. It needs nothing of ours. */
+static int protect(struct kage_kvm *k, char *at, size_t len)
+{
+	int r;
+
+	while ((r = uffd_protect(&k->uffd, at, len)) == -EAGAIN)
+		sched_yield();
+	return r;
+}
+
 struct slipped {
 	struct kage_kvm *k;
 	uint64_t mode;
@@ -365,7 +376,7 @@ static int protect_slipped(void *arg, char *from, char *to)
 	struct slipped *s = arg;
 	int r = uffd_register(&s->k->uffd, from, (size_t)(to - from), s->mode);
 
-	return r ? r : uffd_protect(&s->k->uffd, from, (size_t)(to - from));
+	return r ? r : protect(s->k, from, (size_t)(to - from));
 }
 
 static int stretch_protect(struct kage_kvm *k, char *at, size_t len, const struct stretch *s)
@@ -379,7 +390,7 @@ static int stretch_protect(struct kage_kvm *k, char *at, size_t len, const struc
 		madvise(at, len, MADV_POPULATE_READ);
 	if (!s->mode)
 		r = uffd_register(&k->uffd, at, len, UFFDIO_REGISTER_MODE_WP);
-	return r ? r : uffd_protect(&k->uffd, at, len);
+	return r ? r : protect(k, at, len);
 }
 
 static int stretch_unprotect(struct kage_kvm *k, char *at, size_t len, const struct stretch *s)
@@ -387,7 +398,8 @@ static int stretch_unprotect(struct kage_kvm *k, char *at, size_t len, const str
 	if (s->exact)
 		return 0;
 	if (s->mode)
-		uffd_unprotect(&k->uffd, at, len);
+		while (uffd_unprotect(&k->uffd, at, len) == -EAGAIN)
+			sched_yield();
 	else
 		uffd_unregister(&k->uffd, at, len); /* and with it the protection */
 	return 0;
@@ -405,8 +417,8 @@ static int block(struct kage_kvm *k, struct blocked *b)
 
 	if (k->detaching)
 		return 0;
-	b->protected = k->wp;
-	if (k->wp)
+	b->protected = k->wp && !b->paused;
+	if (b->protected)
 		r = each_stretch(k, b->start, b->end, stretch_protect);
 	if (r) {
 		each_stretch(k, b->start, b->end, stretch_unprotect);
@@ -420,7 +432,7 @@ static int pause_guest(struct kage_kvm *k, bool *paused)
 {
 	int r = 0;
 
-	if (READ_ONCE(k->wp) || k->detaching)
+	if ((READ_ONCE(k->wp) && !k->unblockable) || k->detaching)
 		return 0;
 	lock_take(&k->pause_lock);
 	if (k->paused == 0)
@@ -439,6 +451,12 @@ static void resume_guest(struct kage_kvm *k)
 	lock_drop(&k->pause_lock);
 }
 
+/* The mirror's own changes replace no mapping: they only keep others from doing so meanwhile. */
+static bool range_replaces(const struct kage_kvm *k, const struct kage_range *range)
+{
+	return range->owner != &k->mirror;
+}
+
 static struct blocked *blocked_new(struct kage_kvm *k, const struct kage_range *range, gfn_t start, gfn_t end)
 {
 	for (unsigned i = 0; i < BLOCKED_MAX; i++) {
@@ -450,7 +468,7 @@ static struct blocked *blocked_new(struct kage_kvm *k, const struct kage_range *
 				      .start = start,
 				      .end = end,
 				      .id = range->id,
-				      .reserved = MIN(end.v - start.v, BLOCK_PAGES)};
+				      .reserved = range_replaces(k, range) ? MIN(end.v - start.v, BLOCK_PAGES) : 0};
 		k->reserved += b->reserved;
 		return b;
 	}
@@ -467,12 +485,6 @@ static void blocked_free(struct kage_kvm *k, struct blocked *b)
 	word_wake(&k->unblocked);
 }
 
-/* The mirror's own changes replace no mapping: they only keep others from doing so meanwhile. */
-static bool range_replaces(const struct kage_kvm *k, const struct kage_range *range)
-{
-	return range->owner != &k->mirror;
-}
-
 static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 {
 	struct kage_kvm *k = container_of(n, struct kage_kvm, notifier);
@@ -486,7 +498,7 @@ static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 	if (same)
 		r = pause_guest(k, &paused);
 	if (r)
-		return range->flags & KAGE_RANGE_OPTIONAL ? -ETIMEDOUT : -EAGAIN;
+		return -ETIMEDOUT;
 	lock_take(&k->lock);
 	r = blocked_wait(k, range, start, end);
 	if (r == 0) {
@@ -495,6 +507,8 @@ static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 		r = runs_reserve(&k->runs, k->reserved);
 		if (r == 0 && same)
 			r = block(k, b);
+		if (!(range->flags & KAGE_RANGE_OPTIONAL))
+			r = 0; /* contents are dropped, or nothing is mapped: a few runs, for which there always is memory */
 		if (r)
 			blocked_free(k, b);
 	}
@@ -508,7 +522,7 @@ static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
 {
 	struct kage_kvm *k = container_of(n, struct kage_kvm, notifier);
 	gfn_t start = gpa_gfn(GPA(range->start)), end = gpa_gfn(GPA(range->end));
-	bool same = range->flags & KAGE_RANGE_SAME_CONTENT, paused;
+	bool paused;
 	struct blocked *b = NULL;
 	int64_t pages;
 
@@ -518,8 +532,8 @@ static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
 	for (unsigned i = 0; !b && i < BLOCKED_MAX; i++)
 		if (k->blocked[i].used && k->blocked[i].id == range->id)
 			b = &k->blocked[i];
-	kage_assert(b);
-	pages = range_replaces(k, range) ? mirror_sync(k, start, end, !same) : 0;
+	kage_assert(b); /* N5: our start returned 0 */
+	pages = range_replaces(k, range) ? mirror_sync(k, start, end) : 0;
 	if (pages < 0)
 		env_corrupt(k->env, "mm %llu gfn %llx: a mapping failed, errno %d",
 			    (unsigned long long)k->mm->id, (unsigned long long)start.v, (int)-pages);
@@ -534,6 +548,29 @@ static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
 	lock_drop(&k->lock);
 	if (paused)
 		resume_guest(k);
+}
+
+/* -- contents that are dropped ------------------------------------------------------------- */
+
+static void mirror_drop(struct mirror *m, gfn_t start, gfn_t end)
+{
+	struct kage_kvm *k = kvm_of(m);
+	const struct run *run;
+	int r = 0;
+
+	lock_take(&k->lock);
+	for (gfn_t at = start; r == 0 && at.v < end.v && (run = runs_from(&k->runs, at)) && run->gfn.v < end.v;) {
+		const struct window *w = window_find(k, run->gfn);
+		gfn_t from = GFN(MAX(at.v, run->gfn.v)), to = GFN(MIN(end.v, w->gfn.v + w->npages));
+		struct run zero = { .gfn = from, .npages = to.v - from.v, .kind = RUN_ZERO };
+
+		r = mirror_map(k, &zero);
+		at = to;
+	}
+	lock_drop(&k->lock);
+	if (r)
+		env_corrupt(k->env, "mm %llu gfn %llx: a mapping failed, errno %d", (unsigned long long)k->mm->id,
+			    (unsigned long long)start.v, -r);
 }
 
 /* -- the snapshot of a clone ---------------------------------------------------------------- */
@@ -655,7 +692,7 @@ const struct mirror_ops kvm_mirror_ops = {
     .diverged = mirror_diverged,
     .each_diverged = mirror_each_diverged,
     .window = mirror_window,
-    .freeze = mirror_freeze,
+    .drop = mirror_drop, .freeze = mirror_freeze,
     .harvest = mirror_harvest,
     .track = mirror_track,
     .reconcile = mirror_reconcile,

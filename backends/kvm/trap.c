@@ -22,6 +22,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "helper.h"
 #include "internal.h"
 
 /* What one answer maps around a page that is read: up to 64 KiB, as the kernel's own fault-around. */
@@ -211,8 +212,12 @@ int trap_message(struct kage_kvm *k, struct notify_reader *reader, const struct 
 	ours = window_gfn(k, (char *)(uintptr_t)msg->arg.pagefault.address, &gfn);
 	block = ours && !trapping(k, gfn);
 	lock_drop(&k->lock);
+	if (!ours) { /* unmapped since: it comes again, and fails as it ought to */
+		uffd_wake(&k->uffd, (void *)ALIGN_DOWN((uintptr_t)msg->arg.pagefault.address, PAGE_SIZE), PAGE_SIZE);
+		return 0;
+	}
 	/* A write that some change blocks is woken by that change's end. */
-	return ours && !block ? trap_one(k, reader, gfn, write ? KAGE_WRITE : KAGE_READ) : 0;
+	return block ? 0 : trap_one(k, reader, gfn, write ? KAGE_WRITE : KAGE_READ);
 }
 
 /* -- the public calls --------------------------------------------------------------------------- */
@@ -300,10 +305,43 @@ int kage_kvm_trap_run(struct kage_kvm *k, int timeout_ms)
 	return r;
 }
 
+/* Whoever is between start and end has blocked writes through it: they come to their end soon, a dead handler apart. */
+static void blocked_drain(struct kage_kvm *k)
+{
+	int64_t until = now_ms() + k->env->window_timeout_ms;
+	bool any = true;
+
+	while (any && now_ms() < until) {
+		uint32_t seen = atomic_load(&k->unblocked);
+
+		any = false;
+		for (unsigned i = 0; i < BLOCKED_MAX; i++)
+			any |= k->blocked[i].used && k->blocked[i].protected;
+		if (!any)
+			break;
+		lock_drop(&k->lock);
+		word_wait(&k->unblocked, seen, 10);
+		lock_take(&k->lock);
+	}
+}
+
 /*
- * The descriptor's number stays taken, by an eventfd: a handler that is stuck somewhere
- * can do no harm with it. What was registered is let go first: its waiters wake.
+ * What was registered is let go and woken by hand: a thread that polls the descriptor would keep the
+ * kernel from doing it. Its number stays taken, by an eventfd, so that a handler that is stuck somewhere can do
+ * no harm with it.
  */
+static void trap_release(struct kage_kvm *k)
+{
+	for (unsigned i = 0; i < k->windows; i++) {
+		const struct window *w = &k->window[i];
+
+		uffd_unregister(&k->uffd, w->hva, w->npages << PAGE_SHIFT);
+		uffd_wake(&k->uffd, w->hva, w->npages << PAGE_SHIFT);
+	}
+	dup3(k->kick, k->uffd.fd, O_CLOEXEC);
+	eventfd_write(k->kick, 1);
+}
+
 int kage_kvm_trap_abandon(struct kage_kvm *k)
 {
 	int r = 0;
@@ -311,17 +349,18 @@ int kage_kvm_trap_abandon(struct kage_kvm *k)
 	if (!k)
 		return -EINVAL;
 	lock_take(&k->lock);
+	blocked_drain(k);
 	if (k->uffd.fd < 0 || k->abandoned)
 		r = -ENOENT;
 	if (r == 0) {
 		k->abandoned = true;
 		WRITE_ONCE(k->mirror.exact, false);
 		k->policy_why = "trapping was abandoned";
-		k->wp = false;
+		WRITE_ONCE(k->wp, false);
 		WRITE_ONCE(k->mirror.blocks, k->config.pause != NULL);
-		dup3(k->kick, k->uffd.fd, O_CLOEXEC);
+		trap_release(k);
 		k->nwaiting = 0;
-		eventfd_write(k->kick, 1);
+		helper_kick(k);
 	}
 	lock_drop(&k->lock);
 	if (r == 0)

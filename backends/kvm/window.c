@@ -21,7 +21,9 @@
  *
  * Locks taken: k->lock. mm->range is held for writing by the caller.
  */
+#include <linux/magic.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 
 #include "helper.h"
 #include "internal.h"
@@ -79,21 +81,48 @@ bool window_whole(const struct kage_kvm *k, gfn_t first, gfn_t last)
 }
 
 /* Address space whose large pages line up with the guest's. */
-static int window_reserve(struct window *w)
+static int window_reserve(struct kage_kvm *k, struct window *w)
 {
 	uint64_t align = w->npages >= GIANT_PAGES ? GIANT_PAGES : w->npages >= BLOCK_PAGES ? BLOCK_PAGES : 1;
-	uint64_t phase;
-	char *base;
+	struct reservation *res = env_alloc(k->env, sizeof(*res));
 
-	align <<= PAGE_SHIFT;
-	phase = gfn_gpa(w->gfn).v & (align - 1);
-	w->map_len = (w->npages << PAGE_SHIFT) + 2 * align;
-	w->map = mmap(NULL, w->map_len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (w->map == MAP_FAILED)
+	if (!res)
 		return -ENOMEM;
-	base = (char *)ALIGN_UP((uintptr_t)w->map, align);
-	w->hva = base + phase;
+	align <<= PAGE_SHIFT;
+	res->refs = 1;
+	res->len = (w->npages << PAGE_SHIFT) + 2 * align;
+	res->map = mmap(NULL, res->len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (res->map == MAP_FAILED) {
+		env_free(k->env, res, sizeof(*res));
+		return -ENOMEM;
+	}
+	w->reservation = res;
+	w->hva = (char *)ALIGN_UP((uintptr_t)res->map, align) + (gfn_gpa(w->gfn).v & (align - 1));
 	return 0;
+}
+
+static void reservation_put(struct kage_kvm *k, struct reservation *res)
+{
+	if (--res->refs)
+		return;
+	helper_own(k, res->map, res->len);
+	munmap(res->map, res->len);
+	helper_own_end(k);
+	env_free(k->env, res, sizeof(*res));
+}
+
+/* Nothing is shown there any more; who waits for a page of it comes again, and fails. */
+static void window_blank(struct kage_kvm *k, const struct window *w, gfn_t gfn, uint64_t npages)
+{
+	char *at = window_hva(w, gfn);
+	size_t len = npages << PAGE_SHIFT;
+
+	runs_clear(&k->runs, gfn, npages);
+	helper_own(k, at, len);
+	mmap(at, len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+	helper_own_end(k);
+	if (k->uffd.fd >= 0 && !k->abandoned)
+		uffd_wake(&k->uffd, at, len);
 }
 
 static int window_room(struct kage_kvm *k, unsigned more)
@@ -126,16 +155,20 @@ static void window_insert(struct kage_kvm *k, const struct window *w)
 	k->windows++;
 }
 
+/* Takes the entry out of the array. */
+static void window_forget(struct kage_kvm *k, unsigned at)
+{
+	k->windows--;
+	memmove(&k->window[at], &k->window[at + 1], (k->windows - at) * sizeof(k->window[0]));
+}
+
 static void window_remove(struct kage_kvm *k, unsigned at)
 {
-	struct window *w = &k->window[at];
+	struct window w = k->window[at];
 
-	runs_clear(&k->runs, w->gfn, w->npages);
-	helper_own(k, w->map, w->map_len);
-	munmap(w->map, w->map_len);
-	helper_own_end(k);
-	k->windows--;
-	memmove(w, w + 1, (k->windows - at) * sizeof(*w));
+	window_blank(k, &w, w.gfn, w.npages);
+	window_forget(k, at);
+	reservation_put(k, w.reservation);
 }
 
 /* A window for a region that has none, all zero. */
@@ -147,7 +180,7 @@ static int window_new(struct kage_kvm *k, const struct region *r)
 
 	if (err)
 		return err;
-	err = window_reserve(&w);
+	err = window_reserve(k, &w);
 	if (err)
 		return err;
 	window_insert(k, &w);
@@ -292,6 +325,33 @@ static void windows_drop_unused(struct kage_kvm *k, const struct regions *now)
 			window_remove(k, i);
 }
 
+/* Files that userfaultfd knows. */
+static bool file_in_memory(int fd)
+{
+	struct statfs fs;
+
+	return fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == HUGETLBFS_MAGIC);
+}
+
+/* Trapped memory needs somebody who can be told, and a way to put a page in place. */
+static int region_possible(struct kage_kvm *k, const struct region *r)
+{
+	bool traps = k->uffd.fd >= 0 && !k->abandoned;
+
+	if (r->flags & KAGE_REGION_TRAP && !(traps && k->mirror.blocks)) {
+		env_log(k->env, KAGE_LOG_ERROR, "a region that traps needs userfaultfd, and write protection or pause()");
+		return -EOPNOTSUPP;
+	}
+	if (r->kind != KAGE_REGION_FILE || file_in_memory(atomic_load(&((struct region *)r)->extent)->fd))
+		return 0;
+	if (k->mirror.exact || !k->config.pause) {
+		env_log(k->env, KAGE_LOG_ERROR, "userfaultfd does not know this FILE region's file system: native policy and pause()");
+		return -EOPNOTSUPP;
+	}
+	k->unblockable = true;
+	return 0;
+}
+
 int window_prepare(struct mirror *m, const struct regions *next)
 {
 	struct kage_kvm *k = kvm_of(m);
@@ -301,9 +361,13 @@ int window_prepare(struct mirror *m, const struct regions *next)
 	k->preparing = true;
 	k->reserved += COMMIT_RUNS;
 	r = runs_reserve(&k->runs, k->reserved);
-	for (unsigned i = 0; r == 0 && i < next->count; i++)
-		if (!window_find(k, next->r[i].start))
+	if (r == 0)
+		r = window_room(k, next->count); /* pieces of those that shrink */
+	for (unsigned i = 0; r == 0 && i < next->count; i++) {
+		r = region_possible(k, &next->r[i]);
+		if (r == 0 && !window_find(k, next->r[i].start))
 			r = window_new(k, &next->r[i]);
+	}
 	if (r == 0)
 		r = spans_of(k, next, &k->next);
 	if (r == 0)
@@ -339,29 +403,56 @@ static gfn_t next_region(const struct regions *set, gfn_t at, gfn_t end)
 	return end;
 }
 
-static void window_blank(struct kage_kvm *k, char *at, size_t len)
+/* Where regions that follow each other without a gap end. */
+static gfn_t covered_to(const struct regions *set, gfn_t at, gfn_t end)
 {
-	helper_own(k, at, len);
-	mmap(at, len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-	helper_own_end(k);
+	const struct region *r;
+
+	while (at.v < end.v && (r = regions_find(set, at)))
+		at = region_end(r);
+	return GFN(MIN(at.v, end.v));
 }
 
-/* Parts of a window that no region has any more show nothing. */
-static void window_trim(struct kage_kvm *k, const struct window *w, const struct regions *now)
+/*
+ * A window is what regions cover without a gap: of one that lost a part, each piece that is left goes on at its
+ * address as a window of its own.
+ */
+static void window_shrink(struct kage_kvm *k, unsigned i, const struct regions *now)
 {
-	gfn_t at = w->gfn, end = gfn_add(w->gfn, w->npages);
+	struct window w = k->window[i];
+	gfn_t end = gfn_add(w.gfn, w.npages), next;
 
-	while (at.v < end.v) {
-		const struct region *r = regions_find(now, at);
-		gfn_t next = r ? region_end(r) : next_region(now, at, end);
-		const struct run *run = runs_from(&k->runs, at);
+	if (covered_to(now, w.gfn, end).v == end.v)
+		return;
+	window_forget(k, i);
+	for (gfn_t at = w.gfn; at.v < end.v; at = next) {
+		struct window piece = w;
 
-		if (!r && run && run->gfn.v < next.v) {
-			runs_clear(&k->runs, at, next.v - at.v);
-			window_blank(k, window_hva(w, at), (next.v - at.v) << PAGE_SHIFT);
+		next = covered_to(now, at, end);
+		if (next.v == at.v) {
+			next = next_region(now, at, end);
+			window_blank(k, &w, at, next.v - at.v);
+			continue;
 		}
-		at = next;
+		piece.gfn = at;
+		piece.npages = next.v - at.v;
+		piece.hva = window_hva(&w, at);
+		w.reservation->refs++;
+		window_insert(k, &piece);
 	}
+	reservation_put(k, w.reservation);
+}
+
+/* What shows zeroes from the start is registered now that the region says whether it traps. */
+static int window_register(struct kage_kvm *k, const struct window *w)
+{
+	gfn_t end = gfn_add(w->gfn, w->npages);
+	const struct run *run;
+	int r = 0;
+
+	for (gfn_t at = w->gfn; r == 0 && at.v < end.v && (run = runs_find(&k->runs, at)); at = run_end(run))
+		r = mirror_register(k, run);
+	return r;
 }
 
 /* A new window shows zeroes until here. */
@@ -371,7 +462,9 @@ static int window_show(struct kage_kvm *k, struct window *w)
 
 	if (w->shown)
 		return 0;
-	r = mirror_sync(k, w->gfn, gfn_add(w->gfn, w->npages), false);
+	r = mirror_sync(k, w->gfn, gfn_add(w->gfn, w->npages));
+	if (r >= 0)
+		r = window_register(k, w);
 	w->shown = r >= 0;
 	return r < 0 ? (int)r : 0;
 }
@@ -393,8 +486,8 @@ void window_commit(struct mirror *m, const struct regions *next)
 	lock_take(&k->lock);
 	spans_commit(k);
 	windows_drop_unused(k, next);
-	for (unsigned i = 0; i < k->windows; i++)
-		window_trim(k, &k->window[i], next);
+	for (unsigned i = k->windows; i-- > 0;)
+		window_shrink(k, i, next);
 	r = window_show_all(k);
 	if (r)
 		env_corrupt(k->env, "mm %llu: a window could not be mapped: errno %d",

@@ -105,6 +105,8 @@ int change_run(struct change *c)
 		mm_count(c->target[0].mm, changes);
 		r = change_commit(c);
 		change_end(c);
+		if (r == 0 && c->ops->after)
+			c->ops->after(c);
 		dead_release(c->target[0].mm->host->pool, &c->dead);
 		if (r == -EAGAIN)
 			mm_count(c->target[0].mm, changes_raced);

@@ -12,6 +12,7 @@
  *      commit         cannot fail
  *      unlock
  *      notify end
+ *      after
  *      release        frames that lost their last entry, after a grace period
  *
  * After an error everything is as it was, and `cancel` has freed what prepare
@@ -32,6 +33,7 @@ struct change_ops {
 	int (*recheck)(struct change *c);  /* NULL: nothing can have changed */
 	void (*commit)(struct change *c);
 	void (*unlock)(struct change *c);
+	void (*after)(struct change *c);   /* after the end: what secondary MMUs may have shown until then is let go */
 	void (*cancel)(struct change *c);  /* after any error from prepare on */
 };
 

@@ -12,7 +12,7 @@
  *      leaf, shared                         home or arena     frame
  *      leaf, exclusive, not diverged        its own frame     -
  *      leaf, exclusive, diverged            its own frame     window
- *      none, not diverged                   home or arena     - (a hole), or `touch`
+ *      none, not diverged                   home or arena     - (a hole), or `touch`, or the file
  *      HOST_PRIVATE                         home or arena     window
  *
  * Invariants:
@@ -228,6 +228,16 @@ static bool frame_empty(struct adopt *a, pfn_t pfn)
 	return !bit_test(a->populated, pfn.v - base.v);
 }
 
+/* What a FILE region has where nothing was ever touched; NULL: it is no such region. */
+static const char *file_page(struct mm *mm, gfn_t gfn)
+{
+	const struct region *reg = mm_region(mm, gfn);
+
+	if (reg->kind == KAGE_REGION_ANON)
+		return NULL;
+	return pfn_hva(mm->host->pool, extent_pfn(atomic_load(&((struct region *)reg)->extent), gfn));
+}
+
 /*
  * Where the page's contents are; NULL: it is a hole, or stays where it is. A guest whose COW the kernel
  * breaks sees all of it in its window: a whole run there is one copy.
@@ -238,6 +248,8 @@ static const char *adopt_source(struct adopt *a, unsigned i, const uint64_t *div
 	entry_t e = a->old[i];
 	bool window = bit_test(diverged, i) || entry_state(e) == ENTRY_HOST_PRIVATE;
 
+	if (!window && entry_is_none(e))
+		return file_page(mm, gfn_add(a->base, i));
 	if (!window) {
 		if (!entry_is_leaf(e) || pfn_is_zero(entry_pfn(e)) || bit_test(a->own, i) ||
 		    (!(e & ENTRY_SPECIAL) && frame_empty(a, entry_pfn(e))))
@@ -331,15 +343,28 @@ static int adopt_recheck(struct change *c)
 static void adopt_commit(struct change *c)
 {
 	struct adopt *a = container_of(c, struct adopt, c);
-	struct host *h = a->target.mm->host;
+
+	for_each_bit(i, a->map)
+		entry_store(&a->table[i], entry_leaf(a->to[i], ENTRY_W));
+}
+
+/*
+ * The window showed the old frames until the end: only now may another guest find
+ * that one of them is its alone, and write to it.
+ */
+static void adopt_after(struct change *c)
+{
+	struct adopt *a = container_of(c, struct adopt, c);
+	struct mm *mm = a->target.mm;
+	struct table_locked w = table_lock(mm->family, 0, a->base);
 
 	for_each_bit(i, a->map) {
 		entry_t e = a->old[i];
 
-		entry_store(&a->table[i], entry_leaf(a->to[i], ENTRY_W));
 		if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL) && !bit_test(a->own, i))
-			frame_drop(h, entry_pfn(e), &c->dead);
+			frame_drop(mm->host, entry_pfn(e), &c->dead);
 	}
+	table_unlock(w);
 }
 
 static void adopt_cancel(struct change *c)
@@ -357,7 +382,7 @@ static void adopt_cancel(struct change *c)
 
 static const struct change_ops adopt_ops = {
 	.prepare = adopt_prepare, .inspect = adopt_inspect, .lock = adopt_lock, .recheck = adopt_recheck,
-	.commit = adopt_commit, .unlock = adopt_unlock, .cancel = adopt_cancel,
+	.commit = adopt_commit, .unlock = adopt_unlock, .after = adopt_after, .cancel = adopt_cancel,
 };
 
 static void adopt_done(struct adopt *a)
@@ -656,7 +681,7 @@ int mm_host_private(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS],
 {
 	struct broken b = {
 		.c = { .ops = &broken_ops, .targets = 1, .reason = KAGE_REASON_CLEAR, .owner = mm->mirror,
-		       .flags = KAGE_RANGE_SAME_CONTENT, .adopts = true },
+		       .flags = KAGE_RANGE_SAME_CONTENT | KAGE_RANGE_OPTIONAL, .adopts = true },
 		.target = { .mm = mm }, .base = base, .left = left,
 	};
 	unsigned first, end;

@@ -56,6 +56,8 @@ struct mirror_ops {
 	/* Calls fn for each 2 MiB with diverged pages in [start, end); nonzero ends it and is returned. */
 	int (*each_diverged)(struct mirror *m, gfn_t start, gfn_t end,
 			     int (*fn)(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg), void *arg);
+	/* Contents of [start, end) are dropped: reads show zeroes from here on. In a change of the range. */
+	void (*drop)(struct mirror *m, gfn_t start, gfn_t end);
 	/* Where the page is seen; NULL: in no window. mm->range held. */
 	void *(*window)(struct mirror *m, gfn_t gfn);
 	/*

@@ -362,11 +362,16 @@ static void zap_commit(struct change *c)
 {
 	struct zap *z = container_of(c, struct zap, c);
 
-	table_zap(z->target.mm, z->start, z->end, &c->dead);
-	if (!z->set)
-		return;
-	regions_replace(z->target.mm, z->set);
-	mirror_commit(z->target.mm);
+	struct mm *mm = z->target.mm;
+
+	/* Windows first: the frames may be other guests' too, who write to them as soon as they have them alone. */
+	if (z->set) {
+		regions_replace(mm, z->set);
+		mirror_commit(mm);
+	} else if (mm->mirror) {
+		mm->mirror->ops->drop(mm->mirror, z->start, z->end);
+	}
+	table_zap(mm, z->start, z->end, &c->dead);
 }
 
 static void zap_cancel(struct change *c)
