@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
-# The engine's main job on the memory of three real Linux guests, in about a minute:
+# The engine's main job on the memory of three real Linux guests, in about a minute, and on a
+# running guest of KVM, where there is KVM:
 #
 #   sh bench/demo.sh [--corrupt] [--clones N] [--writes N] [--svg FILE]
 #
@@ -74,5 +75,14 @@ fi
 
 "$build/bench/kage-demo" "$@" "$guests"
 status=$?
+if [ $status = 0 ]; then
+	if [ -x "$build/bench/kage-demo-kvm" ]; then
+		"$build/bench/kage-demo-kvm"
+		status=$?
+		[ $status != 77 ] || status=0
+	else
+		printf '\nKVM: left out: not built (x86-64, KVM headers, -Dtests=true)\n'
+	fi
+fi
 echo "demo.sh: $(($(date +%s) - begin)) s in all"
 exit $status

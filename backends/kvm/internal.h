@@ -15,7 +15,8 @@
  *
  * Lock order: the mirror's lock is of RANK_SHADOW, like the lock of the
  * shadow tables, which is never held with it: after all table locks, before the dirty logs'.
- * pause_lock is taken before it, and by nobody who runs guest code. The
+ * slots_lock is taken before it. Neither it nor mm->range for writing is held by anybody whom a vCPU in a trap waits
+ * for: KVM's slot calls wait for such a vCPU. pause_lock is taken before both, and by nobody who runs guest code. The
  * embedder's callbacks run without the mirror's lock, set_slot excepted.
  */
 #ifndef KAGE_KVM_INTERNAL_H
@@ -100,7 +101,8 @@ struct kage_kvm {
 	bool unblockable; /* some region's file is none of a kind that userfaultfd knows: through pause() */
 	bool detaching; /* nobody writes: nothing has to be blocked */
 
-	struct lock lock; /* all below */
+	struct lock slots_lock; /* slots, rings: KVM's calls wait for vCPUs, and those for who holds `lock` */
+	struct lock lock;	/* all below */
 	struct window *window;
 	unsigned windows, window_room;
 	struct spans spans, next; /* slots as they are, and as a change of regions wants them */
@@ -108,6 +110,8 @@ struct kage_kvm {
 	struct runs runs;
 	uint64_t reserved; /* pages, of all blocked ranges */
 	struct blocked blocked[BLOCKED_MAX];
+	bool mapped_private;  /* since it was cleared */
+	struct gfn_range slip; /* a write slipped by here; merging replaces one page at a time */
 	_Atomic uint32_t unblocked; /* futex: moves when a range is */
 	char *ballast; /* mappings to give up when the kernel has no more; NULL: given up */
 	struct waiting *waiting;
@@ -143,6 +147,9 @@ int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end);
 int mirror_register(struct kage_kvm *k, const struct run *run);
 /* UFFDIO_REGISTER_MODE_* of a run; 0: not registered. */
 uint64_t mirror_mode(const struct kage_kvm *k, const struct run *run);
+/* Takes what KVM logged into the open logs. k->slots_lock held. */
+int mirror_take_log(struct kage_kvm *k, gfn_t start, gfn_t end);
+int mirror_track(struct mirror *m);
 /* Maps one piece. k->lock held. */
 int mirror_map(struct kage_kvm *k, const struct run *want);
 void ballast_fill(struct kage_kvm *k);

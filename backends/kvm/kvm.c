@@ -173,7 +173,7 @@ static int attach_held(struct kage_kvm *k)
 			window_cancel(&k->mirror);
 	}
 	if (r == 0 && mm_dirty_logged(mm))
-		r = kvm_mirror_ops.track(&k->mirror, true);
+		r = mirror_track(&k->mirror);
 	if (r == 0) /* shadow tables that watch guest tables: KVM's vCPUs write to those without a word */
 		r = mm_tell(mm, GFN(0), GFN((uint64_t)1 << GFN_BITS), &k->mirror);
 	if (r == 0)
@@ -235,6 +235,7 @@ static int kvm_new(struct kage_vm *vm, int vmfd, const struct kage_kvm_config *c
 	k->mirror.ops = &kvm_mirror_ops;
 	k->mirror.mm = k->mm;
 	k->uffd.fd = k->kick = -1;
+	lock_init(&k->slots_lock, RANK_SLOTS, k->mm->id);
 	lock_init(&k->lock, RANK_SHADOW, k->mm->id);
 	lock_init(&k->pause_lock, RANK_NONE, 0);
 	runs_init(&k->runs, k->pool);
@@ -459,10 +460,10 @@ int kage_kvm_add_vcpu(struct kage_kvm *k, int vcpufd)
 
 	if (!k)
 		return -EINVAL;
-	lock_take(&k->lock);
+	lock_take(&k->slots_lock);
 	if (k->ring)
 		r = ring_add(&k->rings, vcpufd, k->config.dirty_ring_bytes);
-	lock_drop(&k->lock);
+	lock_drop(&k->slots_lock);
 	return api_result(k->vm->engine, __func__, 0, 0, r);
 }
 
@@ -473,9 +474,9 @@ int kage_kvm_sync_dirty(struct kage_kvm *k)
 
 	if (!k)
 		return -EINVAL;
-	held = brlock_read(&k->mm->range);
+	held = brlock_read(&k->mm->family->lock);
 	r = kvm_mirror_ops.harvest(&k->mirror, GFN(0), GFN((uint64_t)1 << GFN_BITS));
-	brlock_read_drop(&k->mm->range, held);
+	brlock_read_drop(&k->mm->family->lock, held);
 	return api_result(k->vm->engine, __func__, 0, 0, r);
 }
 
@@ -499,10 +500,12 @@ int kage_kvm_info(struct kage_kvm *k, struct kage_kvm_info *info)
 	if (r)
 		return r;
 	size = info->size;
+	lock_take(&k->slots_lock);
+	i.slots = k->slots.used;
+	lock_drop(&k->slots_lock);
 	lock_take(&k->lock);
 	i.policy = k->mirror.exact ? KAGE_KVM_EXACT : KAGE_KVM_NATIVE;
 	i.policy_why = k->policy_why;
-	i.slots = k->slots.used;
 	i.mappings = k->runs.count;
 	i.map_budget = mirror_share(k);
 	memcpy(i.feature, k->features.info, sizeof(i.feature));

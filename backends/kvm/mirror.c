@@ -142,6 +142,7 @@ int mirror_map(struct kage_kvm *k, const struct run *want)
 	if (p == MAP_FAILED)
 		return -errno;
 	runs_set(&k->runs, want);
+	k->mapped_private |= want->kind == RUN_PRIVATE;
 	err = mirror_register(k, want);
 	if (err)
 		env_log(k->env, KAGE_LOG_ERROR, "mm %llu gfn %llx: cannot trap: errno %d",
@@ -428,12 +429,10 @@ static int block(struct kage_kvm *k, struct blocked *b)
 	return r;
 }
 
-static int pause_guest(struct kage_kvm *k, bool *paused)
+static int pause_now(struct kage_kvm *k, bool *paused)
 {
 	int r = 0;
 
-	if ((READ_ONCE(k->wp) && !k->unblockable) || k->detaching)
-		return 0;
 	lock_take(&k->pause_lock);
 	if (k->paused == 0)
 		r = k->config.pause ? k->config.pause(k->config.opaque) : -EOPNOTSUPP;
@@ -441,6 +440,13 @@ static int pause_guest(struct kage_kvm *k, bool *paused)
 	*paused = r == 0;
 	lock_drop(&k->pause_lock);
 	return r;
+}
+
+static int pause_guest(struct kage_kvm *k, bool *paused)
+{
+	if ((READ_ONCE(k->wp) && !k->unblockable) || k->detaching)
+		return 0;
+	return pause_now(k, paused);
 }
 
 static void resume_guest(struct kage_kvm *k)
@@ -518,6 +524,48 @@ static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 	return r == 0 || r == -EAGAIN || r == -ENOMEM ? r : -ETIMEDOUT; /* what an optional change may be told */
 }
 
+static int found_any(void *arg, char *from, char *to)
+{
+	return 1;
+}
+
+/*
+ * Under an exact policy a replacement is mapped first and registered then. Whether a write
+ * came in between, which nobody heard of, is known after one more look; the change's caller settles it (mm_settle()).
+ */
+static int64_t replace(struct kage_kvm *k, struct blocked *b, gfn_t start, gfn_t end)
+{
+	bool watch = k->mirror.exact && b->protected;
+	int64_t pages;
+	char *at;
+
+	if (!watch)
+		return mirror_sync(k, start, end);
+	k->mapped_private = false;
+	atomic_fetch_add(&k->mirror.unsettled, 1);
+	pages = mirror_sync(k, start, end);
+	at = kvm_hva(k, start);
+	if (at && k->mapped_private && scan_private(&k->features, at, (end.v - start.v) << PAGE_SHIFT, found_any, NULL) == 1) {
+		k->slip = (struct gfn_range){ start, end };
+		return pages;
+	}
+	atomic_fetch_sub(&k->mirror.unsettled, 1);
+	return pages;
+}
+
+static bool mirror_slipped(struct mirror *m, gfn_t start, gfn_t end)
+{
+	struct kage_kvm *k = kvm_of(m);
+	bool slipped;
+
+	lock_take(&k->lock);
+	slipped = k->slip.start.v < end.v && start.v < k->slip.end.v;
+	if (slipped)
+		k->slip = (struct gfn_range){ GFN(0), GFN(0) };
+	lock_drop(&k->lock);
+	return slipped;
+}
+
 static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
 {
 	struct kage_kvm *k = container_of(n, struct kage_kvm, notifier);
@@ -533,7 +581,7 @@ static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
 		if (k->blocked[i].used && k->blocked[i].id == range->id)
 			b = &k->blocked[i];
 	kage_assert(b); /* N5: our start returned 0 */
-	pages = range_replaces(k, range) ? mirror_sync(k, start, end) : 0;
+	pages = range_replaces(k, range) ? replace(k, b, start, end) : 0;
 	if (pages < 0)
 		env_corrupt(k->env, "mm %llu gfn %llx: a mapping failed, errno %d",
 			    (unsigned long long)k->mm->id, (unsigned long long)start.v, (int)-pages);
@@ -652,27 +700,51 @@ static void mark(void *arg, gfn_t gfn, uint64_t npages)
 	mm_mark_dirty(k->mm, gfn, npages);
 }
 
+/* k->slots_lock held. */
+int mirror_take_log(struct kage_kvm *k, gfn_t start, gfn_t end)
+{
+	return k->ring ? rings_harvest(&k->rings, &k->slots, mark, k) : slots_dirty(&k->slots, start, end, mark, k);
+}
+
 static int mirror_harvest(struct mirror *m, gfn_t start, gfn_t end)
 {
 	struct kage_kvm *k = kvm_of(m);
 	int r;
 
-	lock_take(&k->lock);
-	r = k->ring ? rings_harvest(&k->rings, &k->slots, mark, k)
-		    : slots_dirty(&k->slots, start, end, mark, k);
-	lock_drop(&k->lock);
+	lock_take(&k->slots_lock);
+	r = mirror_take_log(k, start, end);
+	lock_drop(&k->slots_lock);
 	return r;
 }
 
-static int mirror_track(struct mirror *m, bool on)
+/* What is wanted is looked at under the lock: the last who opens or closes a log sees all that came before. */
+int mirror_track(struct mirror *m)
 {
 	struct kage_kvm *k = kvm_of(m);
 	int r;
 
-	lock_take(&k->lock);
-	r = slots_log(&k->slots, on);
-	lock_drop(&k->lock);
+	lock_take(&k->slots_lock);
+	r = slots_log(&k->slots, mm_dirty_logged(k->mm));
+	lock_drop(&k->slots_lock);
 	return r;
+}
+
+/* -- around changes of regions ---------------------------------------------------------------- */
+
+static int mirror_stop(struct mirror *m)
+{
+	struct kage_kvm *k = kvm_of(m);
+	bool paused;
+
+	return k->config.pause ? pause_now(k, &paused) : 0; /* else its vCPUs do not run: kvm.h asks for it */
+}
+
+static void mirror_go(struct mirror *m)
+{
+	struct kage_kvm *k = kvm_of(m);
+
+	if (k->config.pause)
+		resume_guest(k);
 }
 
 static void *mirror_window(struct mirror *m, gfn_t gfn)
@@ -695,6 +767,7 @@ const struct mirror_ops kvm_mirror_ops = {
     .drop = mirror_drop, .freeze = mirror_freeze,
     .harvest = mirror_harvest,
     .track = mirror_track,
+	.stop = mirror_stop, .go = mirror_go, .slipped = mirror_slipped,
     .reconcile = mirror_reconcile,
     .step = mirror_step,
     .audit = mirror_audit,

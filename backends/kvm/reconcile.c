@@ -99,6 +99,15 @@ static bool suspects_from(const struct kage_kvm *k, gfn_t at, gfn_t end, struct 
 	return true;
 }
 
+/* Without an answer contents are compared. That there is no source for answers is known; anything else is told. */
+static bool scan_failed(struct kage_kvm *k, int r)
+{
+	if (r && r != -EOPNOTSUPP)
+		env_log(k->env, KAGE_LOG_WARN, "mm %llu: the kernel does not say what is private: errno %d",
+			(unsigned long long)k->mm->id, -r);
+	return r != 0;
+}
+
 /* k->lock held. */
 static void range_diverged(struct kage_kvm *k, gfn_t start, unsigned npages, uint64_t *map)
 {
@@ -110,8 +119,7 @@ static void range_diverged(struct kage_kvm *k, gfn_t start, unsigned npages, uin
 	memset(map, 0, (npages + 63) / 64 * sizeof(map[0]));
 	for (gfn_t at = start; suspects_from(k, at, end, &s); at = run_end(&s)) {
 		f.base = kvm_hva(k, s.gfn) - ((s.gfn.v - start.v) << PAGE_SHIFT);
-		compare |= scan_private(&k->features, kvm_hva(k, s.gfn), s.npages << PAGE_SHIFT, found_run, &f) ==
-			   -EOPNOTSUPP;
+		compare |= scan_failed(k, scan_private(&k->features, kvm_hva(k, s.gfn), s.npages << PAGE_SHIFT, found_run, &f));
 	}
 	for (gfn_t at = start; piece_from(k, at, end, &s); at = run_end(&s)) {
 		f.base = kvm_hva(k, s.gfn) - ((s.gfn.v - start.v) << PAGE_SHIFT);
@@ -123,6 +131,24 @@ static void range_diverged(struct kage_kvm *k, gfn_t start, unsigned npages, uin
 	}
 }
 
+/*
+ * A protected page that is not there looks private to who may not see frames (scan.h). Touched, it is there. True if
+ * there was any.
+ */
+static bool unmark(struct kage_kvm *k, gfn_t start, unsigned npages, const uint64_t *map)
+{
+	bool any = false;
+
+	for (unsigned i = 0; i < npages; i++) {
+		const char *at = map[i / 64] >> (i % 64) & 1 ? kvm_hva(k, gfn_add(start, i)) : NULL;
+
+		if (at)
+			(void)READ_ONCE(*at);
+		any |= at != NULL;
+	}
+	return any;
+}
+
 void mirror_diverged(struct mirror *m, gfn_t start, unsigned npages, uint64_t map[MIRROR_WORDS])
 {
 	struct kage_kvm *k = kvm_of(m);
@@ -130,6 +156,8 @@ void mirror_diverged(struct mirror *m, gfn_t start, unsigned npages, uint64_t ma
 	memset(map, 0, MIRROR_WORDS * sizeof(map[0]));
 	lock_take(&k->lock);
 	range_diverged(k, start, npages, map);
+	if (!k->features.marker_frame && !m->exact && unmark(k, start, npages, map))
+		range_diverged(k, start, npages, map);
 	lock_drop(&k->lock);
 }
 

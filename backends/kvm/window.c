@@ -19,7 +19,8 @@
  * A slot whose right to write changes is removed and made anew, which a running
  * vCPU could see as MMIO: parking vCPUs meanwhile is the embedder's affair.
  *
- * Locks taken: k->lock. mm->range is held for writing by the caller.
+ * Locks taken: k->slots_lock, k->lock, one after the other. mm->range is held for writing by the caller, so windows are read with
+ * either. `preparing` is only looked at by who changes regions.
  */
 #include <linux/magic.h>
 #include <sys/mman.h>
@@ -300,6 +301,10 @@ static void spans_commit(struct kage_kvm *k)
 {
 	int r = 0;
 
+	/* What KVM has logged of slots that are made anew would go with them. */
+	if (k->slots.logging)
+		mirror_take_log(k, GFN(0), GFN((uint64_t)1 << GFN_BITS));
+
 	for (unsigned i = 0; i < k->spans.count; i++)
 		if (!spans_have(&k->next, &k->spans.span[i]))
 			span_remove(k, &k->spans.span[i]);
@@ -352,9 +357,8 @@ static int region_possible(struct kage_kvm *k, const struct region *r)
 	return 0;
 }
 
-int window_prepare(struct mirror *m, const struct regions *next)
+static int windows_prepare(struct kage_kvm *k, const struct regions *next)
 {
-	struct kage_kvm *k = kvm_of(m);
 	int r;
 
 	lock_take(&k->lock);
@@ -368,11 +372,21 @@ int window_prepare(struct mirror *m, const struct regions *next)
 		if (r == 0 && !window_find(k, next->r[i].start))
 			r = window_new(k, &next->r[i]);
 	}
+	lock_drop(&k->lock);
+	return r;
+}
+
+int window_prepare(struct mirror *m, const struct regions *next)
+{
+	struct kage_kvm *k = kvm_of(m);
+	int r = windows_prepare(k, next);
+
+	lock_take(&k->slots_lock);
 	if (r == 0)
 		r = spans_of(k, next, &k->next);
 	if (r == 0)
 		r = spans_prepare(k);
-	lock_drop(&k->lock);
+	lock_drop(&k->slots_lock);
 	if (r)
 		window_cancel(m);
 	return r;
@@ -383,14 +397,16 @@ void window_cancel(struct mirror *m)
 {
 	struct kage_kvm *k = kvm_of(m);
 
+	if (!k->preparing)
+		return;
+	lock_take(&k->slots_lock);
+	spans_cancel(k);
+	lock_drop(&k->slots_lock);
 	lock_take(&k->lock);
-	if (k->preparing) {
-		spans_cancel(k);
-		windows_drop_unused(k, k->mm->regions);
-		k->reserved -= COMMIT_RUNS;
-		runs_trim(&k->runs, k->reserved);
-		k->preparing = false;
-	}
+	windows_drop_unused(k, k->mm->regions);
+	k->reserved -= COMMIT_RUNS;
+	runs_trim(&k->runs, k->reserved);
+	k->preparing = false;
 	lock_drop(&k->lock);
 }
 
@@ -483,8 +499,10 @@ void window_commit(struct mirror *m, const struct regions *next)
 	struct kage_kvm *k = kvm_of(m);
 	int r;
 
-	lock_take(&k->lock);
+	lock_take(&k->slots_lock);
 	spans_commit(k);
+	lock_drop(&k->slots_lock);
+	lock_take(&k->lock);
 	windows_drop_unused(k, next);
 	for (unsigned i = k->windows; i-- > 0;)
 		window_shrink(k, i, next);

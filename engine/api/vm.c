@@ -9,6 +9,7 @@
 #include <kage/kage.h>
 #include "api/engine.h"
 #include "api/vm.h"
+#include "mm/mirror.h"
 #include "mm/region.h"
 #include "shadow/shadow.h"
 
@@ -145,6 +146,21 @@ static int range_result(struct kage_vm *vm, const char *call, uint64_t gpa, uint
 	return api_result(vm->engine, call, gpa, len, r);
 }
 
+/*
+ * Slots of a KVM guest come and go with regions; KVM waits for vCPUs then, and one of them might wait for a page
+ * that needs what the change holds. So the guest stands, if its VMM lets us make it.
+ */
+static int guest_stop(struct kage_vm *vm)
+{
+	return vm->mm.mirror ? vm->mm.mirror->ops->stop(vm->mm.mirror) : 0;
+}
+
+static void guest_go(struct kage_vm *vm)
+{
+	if (vm->mm.mirror)
+		vm->mm.mirror->ops->go(vm->mm.mirror);
+}
+
 int kage_vm_map(struct kage_vm *vm, const struct kage_region *region)
 {
 	struct kage_region c = { .size = 0 };
@@ -152,7 +168,11 @@ int kage_vm_map(struct kage_vm *vm, const struct kage_region *region)
 
 	if (!r) {
 		config_copy(&c, region, sizeof(c));
+		r = guest_stop(vm);
+	}
+	if (!r) {
 		r = mm_map(&vm->mm, &c);
+		guest_go(vm);
 	}
 	return range_result(vm, __func__, c.gpa, c.len, r);
 }
@@ -162,7 +182,11 @@ int kage_vm_unmap(struct kage_vm *vm, uint64_t gpa, uint64_t len)
 	int r = range_check(vm, gpa, len);
 
 	if (!r)
+		r = guest_stop(vm);
+	if (!r) {
 		r = mm_unmap(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT);
+		guest_go(vm);
+	}
 	return range_result(vm, __func__, gpa, len, r);
 }
 
@@ -171,7 +195,11 @@ int kage_vm_protect(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint32_t pro
 	int r = range_check(vm, gpa, len);
 
 	if (!r)
+		r = guest_stop(vm);
+	if (!r) {
 		r = mm_protect(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, prot);
+		guest_go(vm);
+	}
 	return range_result(vm, __func__, gpa, len, r);
 }
 

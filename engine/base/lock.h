@@ -33,6 +33,7 @@ enum lock_rank {
 	RANK_TABLE_0,
 	RANK_STABLE,     /* chains of stable frames, merge tables */
 	RANK_NOTIFY,     /* listener lists */
+	RANK_SLOTS,      /* KVM slots of one guest; sub: mm id */
 	RANK_SHADOW,     /* shadow tables of one guest; sub: mm id */
 	RANK_TLB,        /* TLB of one vCPU */
 	RANK_DIRTY,      /* list of dirty logs */

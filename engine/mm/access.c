@@ -17,6 +17,7 @@
  *
  * Locks taken: mm->range for reading; mm->pin_lock; table locks.
  */
+#include <sched.h>
 #include <sys/uio.h>
 
 #include "base/guest.h"
@@ -92,6 +93,9 @@ static int read_window(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_
 	return r;
 }
 
+/* Inner outcome: a moment later. */
+#define READ_UNSETTLED 1001
+
 /* One page; KAGE_RETRY: look again, it may have to be faulted in first. */
 static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t len)
 {
@@ -107,6 +111,8 @@ static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t 
 	} else if (mm_native(mm) && !l.writable) {
 		rcu_leave();
 		return read_window(mm, gfn, offset, buf, len);
+	} else if (entry_is_leaf(l.entry) && !l.writable && mm->mirror && atomic_load(&mm->mirror->unsettled)) {
+		r = READ_UNSETTLED;
 	} else if (entry_is_leaf(l.entry)) {
 		r = read_frame(mm, gfn, &l, offset, buf, len);
 	} else if (!entry_is_none(l.entry) || (reg->flags & KAGE_REGION_TRAP && reg->touch)) {
@@ -126,6 +132,10 @@ int mm_read(struct mm *mm, gpa_t gpa, void *buf, size_t len)
 		size_t offset = gpa_offset(gpa), n = MIN(len, PAGE_SIZE - offset);
 		int r = read_page(mm, gpa_gfn(gpa), offset, to, n);
 
+		if (r == READ_UNSETTLED) {
+			sched_yield();
+			continue;
+		}
 		if (r == KAGE_RETRY) {
 			struct mm_fault f = { .gfn = gpa_gfn(gpa), .access = KAGE_READ };
 

@@ -95,6 +95,19 @@ static int change_commit(struct change *c)
 	return r;
 }
 
+/* Only merging puts shared frames in place under a running guest; its callers hold no mm->range. */
+static void change_settle(const struct change *c)
+{
+	if (c->adopts || !(c->flags & KAGE_RANGE_SAME_CONTENT))
+		return;
+	for (unsigned i = 0; i < c->targets; i++) {
+		const struct change_target *t = &c->target[i];
+
+		if (t->mm->mirror && atomic_load(&t->mm->mirror->unsettled))
+			mm_settle(t->mm, t->notify.start, t->notify.end);
+	}
+}
+
 int change_run(struct change *c)
 {
 	int r = c->ops->prepare ? c->ops->prepare(c) : 0;
@@ -113,5 +126,6 @@ int change_run(struct change *c)
 	}
 	if (r && c->ops->cancel)
 		c->ops->cancel(c);
+	change_settle(c);
 	return r;
 }

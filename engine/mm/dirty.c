@@ -382,14 +382,38 @@ static void take_bitmap(struct harvest *h, gfn_t gfn, uint64_t bits)
 		bitmap_or(h, at + 1, bits >> (64 - shift));
 }
 
+/*
+ * Keeps the mirror where it is. Not mm->range: KVM's calls wait for vCPUs, one of which may wait for a
+ * fault, which would wait behind a writer of mm->range that waits for us. Merging holds its guests' families anyway.
+ */
+static bool mirror_keep(struct mm *mm, bool merging, struct brlock_held *held)
+{
+	if (!merging)
+		*held = brlock_read(&mm->family->lock);
+	return !merging;
+}
+
+static void mirror_let_go(struct mm *mm, bool kept, struct brlock_held held)
+{
+	if (kept)
+		brlock_read_drop(&mm->family->lock, held);
+}
+
+/* The mirror's hardware logs writes as long as somebody wants to know. */
+static int mirror_track(struct mm *mm)
+{
+	return mm->mirror ? mm->mirror->ops->track(mm->mirror) : 0;
+}
+
 /* What a mirror's hardware logged goes into all open logs first. */
 static int64_t harvest(struct harvest *h)
 {
 	struct mm *mm = h->log->mm;
-	struct brlock_held held = brlock_read(&mm->range);
+	struct brlock_held held;
+	bool kept = mirror_keep(mm, h->log->kind == DIRTY_MERGE, &held);
 	int r = mm->mirror ? mm->mirror->ops->harvest(mm->mirror, h->start, h->end) : 0;
 
-	brlock_read_drop(&mm->range, held);
+	mirror_let_go(mm, kept, held);
 	if (r)
 		return r;
 	return log_clean(h->log, h->start, h->end) ? 0 : harvest_run(h);
@@ -446,12 +470,6 @@ static void log_unlink(struct mm *mm, struct dirty_log *log)
 	lock_drop(&mm->dirty_lock);
 }
 
-/* The mirror's hardware logs writes as long as somebody wants to know. mm->range held. */
-static int mirror_track(struct mm *mm)
-{
-	return mm->mirror ? mm->mirror->ops->track(mm->mirror, mm_dirty_logged(mm)) : 0;
-}
-
 static void log_reclaim(struct defer_node *node, void *arg)
 {
 	log_free(container_of(node, struct dirty_log, defer));
@@ -459,28 +477,31 @@ static void log_reclaim(struct defer_node *node, void *arg)
 
 void dirty_close(struct dirty_log *log)
 {
-	struct brlock_held held = brlock_read(&log->mm->range);
+	struct brlock_held held;
+	bool kept = mirror_keep(log->mm, false, &held);
 
 	log_unlink(log->mm, log);
 	mirror_track(log->mm); /* that it logs on costs time, nothing else */
-	brlock_read_drop(&log->mm->range, held);
+	mirror_let_go(log->mm, kept, held);
 	defer_add(&log->env->defer, &log->defer, log_reclaim, NULL);
 }
 
 static int log_link(struct mm *mm, struct dirty_log *log)
 {
-	struct brlock_held held = brlock_read(&mm->range);
+	struct brlock_held held;
+	bool kept = mirror_keep(mm, log->kind == DIRTY_MERGE, &held);
 	int r = mm->mirror && log->kind == KAGE_DIRTY_ACCESSED ? -EOPNOTSUPP : 0; /* KVM does not say who read */
 
-	if (r == 0 && mm->mirror)
-		r = mm->mirror->ops->track(mm->mirror, true);
 	if (r == 0) {
 		lock_take(&mm->dirty_lock);
 		atomic_store(&log->next, atomic_load(&mm->dirty));
 		atomic_store(&mm->dirty, log);
 		lock_drop(&mm->dirty_lock);
+		r = mirror_track(mm);
+		if (r)
+			log_unlink(mm, log);
 	}
-	brlock_read_drop(&mm->range, held);
+	mirror_let_go(mm, kept, held);
 	return r;
 }
 
@@ -498,7 +519,7 @@ int dirty_open(struct mm *mm, uint32_t kind, uint32_t flags, struct dirty_log **
 	log->flags = flags;
 	r = log_link(mm, log);
 	if (r) {
-		env_free(log->env, log, sizeof(*log));
+		defer_add(&log->env->defer, &log->defer, log_reclaim, NULL);
 		return r;
 	}
 	/* translations from before did not mark: they go, and from here on everybody sees the log */

@@ -538,6 +538,21 @@ static int adopt_marked(struct mm *mm, gfn_t start, gfn_t end)
 	return r;
 }
 
+void mm_settle(struct mm *mm, gfn_t start, gfn_t end)
+{
+	struct brlock_held held = brlock_read(&mm->range);
+	int r = 0;
+
+	if (mm->mirror && mm->mirror->ops->slipped(mm->mirror, start, end)) {
+		r = mm_adopt_diverged(mm, start, end);
+		atomic_fetch_sub(&mm->mirror->unsettled, 1);
+	}
+	brlock_read_drop(&mm->range, held);
+	if (r)
+		env_log(mm->host->env, KAGE_LOG_WARN, "mm %llu gfn %llx: a write that slipped by is seen late: errno %d",
+			(unsigned long long)mm->id, (unsigned long long)start.v, -r);
+}
+
 int mm_adopt_diverged(struct mm *mm, gfn_t start, gfn_t end)
 {
 	int r;

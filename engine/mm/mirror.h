@@ -53,6 +53,8 @@ struct mirror_ops {
 	void (*regions_cancel)(struct mirror *m);
 	/* Which of `npages` pages (at most 512) have diverged. Final only if writes are blocked. Any lock. */
 	void (*diverged)(struct mirror *m, gfn_t start, unsigned npages, uint64_t map[MIRROR_WORDS]);
+	/* A write slipped by while [start, end) was being replaced (see unsettled). True once. */
+	bool (*slipped)(struct mirror *m, gfn_t start, gfn_t end);
 	/* Calls fn for each 2 MiB with diverged pages in [start, end); nonzero ends it and is returned. */
 	int (*each_diverged)(struct mirror *m, gfn_t start, gfn_t end,
 			     int (*fn)(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg), void *arg);
@@ -65,10 +67,13 @@ struct mirror_ops {
 	 * from its return on no frame outside of these is written. -ENOMEM.
 	 */
 	int (*freeze)(struct mirror *m, const struct gfn_range *kept, unsigned n);
-	/* Takes what the hardware logged into the open dirty logs. mm->range held for reading. */
+	/* Takes what the hardware logged into the open dirty logs. The family is held, mm->range is not. */
 	int (*harvest)(struct mirror *m, gfn_t start, gfn_t end);
-	/* A log of written pages is open / none is. */
-	int (*track)(struct mirror *m, bool on);
+	/* Logs of written pages have been opened or closed: makes the hardware's logging what it has to be. The same. */
+	int (*track)(struct mirror *m);
+	/* Around changes of regions, without any lock: stops the guest if the embedder lets us. */
+	int (*stop)(struct mirror *m);
+	void (*go)(struct mirror *m);
 	/* Finds diverged pages, drops the frames they shared; mm->range not held. Pages that are private now, or -errno. */
 	int64_t (*reconcile)(struct mirror *m, bool adopt);
 	/* A step of the engine; its family is held for reading. */
@@ -83,6 +88,11 @@ struct mirror {
 	struct mm *mm;
 	bool exact;  /* writes to shared pages trap before they happen: the table is the truth, for reads too */
 	bool blocks; /* writes to a range can be blocked while the guest runs, or the guest can be paused */
+	/*
+	 * Exact: a replacement has been mapped and it is not known yet whether a write slipped by before it was
+	 * registered. The page's frame may lack that write: reads wait.
+	 */
+	_Atomic uint32_t unsettled;
 	bool scarce; /* mappings are: changes that are nobody's need had better wait */
 };
 
@@ -108,6 +118,8 @@ int mm_adopt_page(struct mm *mm, gfn_t gfn, struct notify_reader *self, const vo
 int mm_adopt_block(struct mm *mm, gfn_t base);
 /* The same of the pages in `map`; if they are many and scattered, of all of the 2 MiB: that is less work. */
 int mm_adopt_runs(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS]);
+/* After a change's end: pages of the range that slipped by an exact policy come home. mm->range not held. */
+void mm_settle(struct mm *mm, gfn_t start, gfn_t end);
 /* Adopts whatever has diverged in [start, end). */
 int mm_adopt_diverged(struct mm *mm, gfn_t start, gfn_t end);
 /*
