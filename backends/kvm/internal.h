@@ -68,7 +68,7 @@ struct blocked {
 	gfn_t start, end;
 	uint64_t id;
 	uint64_t reserved; /* pages, see runs_reserve() */
-	bool used, protected, paused;
+	bool used, protected, paused, split;
 };
 
 #define BLOCKED_MAX NOTIFY_CHANGES
@@ -126,6 +126,7 @@ struct kage_kvm {
 
 	_Atomic uint64_t host_private, reconciled_ns, reconciles, healed, traps, broken;
 	_Atomic int64_t anon_seen; /* anonymous bytes of the process at the last reconcile */
+	struct defer_node defer;
 	struct helper *_Atomic helper; /* NULL: the embedder serves traps */
 };
 

@@ -140,7 +140,7 @@ static int homes_fill(struct kage_kvm *k)
 	const struct regions *set = k->mm->regions;
 	int r = 0;
 
-	for (unsigned i = 0; r == 0 && i < set->count; i++)
+	for (unsigned i = 0; r == 0 && !k->mm->host->limited && i < set->count; i++)
 		r = mm_fill(k->mm, set->r[i].start, region_end(&set->r[i]));
 	return r;
 }
@@ -151,7 +151,7 @@ static int attach_held(struct kage_kvm *k)
 	struct mm *mm = k->mm;
 	int r;
 
-	if (mm->mirror)
+	if (mm->mirror || mm_dirty_accessed(mm)) /* KVM does not say who read */
 		return -EBUSY;
 	r = policy_choose(k);
 	if (r == 0)
@@ -198,7 +198,7 @@ static void kvm_free(struct kage_kvm *k)
 	ballast_drop(k);
 	features_finish(&k->features);
 	env_free(k->env, k->waiting, k->waiting_room * sizeof(*k->waiting));
-	env_free(k->env, k, sizeof(*k));
+	env_free_rcu(k->env, k, sizeof(*k), &k->defer); /* lock-free lookups ask what policy it has */
 }
 
 static int kvm_config(struct kage_kvm_config *c, const struct kage_kvm_config *config)

@@ -128,6 +128,7 @@ int mirror_register(struct kage_kvm *k, const struct run *run)
 int mirror_map(struct kage_kvm *k, const struct run *want)
 {
 	char *at = kvm_hva(k, want->gfn);
+	struct run one = *want;
 	int err = runs_ready(&k->runs) ? 0 : runs_reserve(&k->runs, 1);
 	void *p = err ? MAP_FAILED : map_at(k, want, at);
 
@@ -141,7 +142,8 @@ int mirror_map(struct kage_kvm *k, const struct run *want)
 	}
 	if (p == MAP_FAILED)
 		return -errno;
-	runs_set(&k->runs, want);
+	one.hva = at;
+	runs_set(&k->runs, &one);
 	k->mapped_private |= want->kind == RUN_PRIVATE;
 	err = mirror_register(k, want);
 	if (err)
@@ -254,7 +256,7 @@ int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end)
 		if (want.kind == RUN_KEEP ||
 		    (cur && cur->kind == want.kind && pfn_eq(run_pfn(cur, want.gfn), want.pfn)))
 			continue;
-		if (piece_joins(&piece, &want)) {
+		if (piece_joins(&piece, &want) && window_find(k, piece.gfn) == w) {
 			piece.npages += want.npages;
 			continue;
 		}
@@ -429,6 +431,22 @@ static int block(struct kage_kvm *k, struct blocked *b)
 	return r;
 }
 
+static int stretch_split(struct kage_kvm *k, char *at, size_t len, const struct stretch *s)
+{
+	return s->mode ? 0 : uffd_register(&k->uffd, at, len, UFFDIO_REGISTER_MODE_WP);
+}
+
+/* Contents are dropped, nothing is blocked: but what splits VMAs is done while it may still fail. */
+static int split(struct kage_kvm *k, struct blocked *b)
+{
+	int r = each_stretch(k, b->start, b->end, stretch_split);
+
+	b->split = r == 0;
+	if (r)
+		each_stretch(k, b->start, b->end, stretch_unprotect);
+	return r;
+}
+
 static int pause_now(struct kage_kvm *k, bool *paused)
 {
 	int r = 0;
@@ -499,7 +517,7 @@ static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 	struct blocked *b;
 	int r = 0;
 
-	if (range->reason != KAGE_REASON_CLEAR)
+	if (range->reason != KAGE_REASON_CLEAR && range->reason != KAGE_REASON_UNMAP)
 		return 0;
 	if (same)
 		r = pause_guest(k, &paused);
@@ -513,6 +531,8 @@ static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 		r = runs_reserve(&k->runs, k->reserved);
 		if (r == 0 && same)
 			r = block(k, b);
+		else if (r == 0 && range_replaces(k, range) && k->wp)
+			r = split(k, b);
 		if (!(range->flags & KAGE_RANGE_OPTIONAL))
 			r = 0; /* contents are dropped, or nothing is mapped: a few runs, for which there always is memory */
 		if (r)
@@ -574,7 +594,7 @@ static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
 	struct blocked *b = NULL;
 	int64_t pages;
 
-	if (range->reason != KAGE_REASON_CLEAR)
+	if (range->reason != KAGE_REASON_CLEAR && range->reason != KAGE_REASON_UNMAP)
 		return;
 	lock_take(&k->lock);
 	for (unsigned i = 0; !b && i < BLOCKED_MAX; i++)
@@ -583,8 +603,10 @@ static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
 	kage_assert(b); /* N5: our start returned 0 */
 	pages = range_replaces(k, range) ? replace(k, b, start, end) : 0;
 	if (pages < 0)
-		env_corrupt(k->env, "mm %llu gfn %llx: a mapping failed, errno %d",
+		env_log(k->env, KAGE_LOG_ERROR, "mm %llu gfn %llx: a mapping failed, errno %d",
 			    (unsigned long long)k->mm->id, (unsigned long long)start.v, (int)-pages);
+	if (b->split)
+		each_stretch(k, start, end, stretch_unprotect);
 	if (b->protected) {
 		if (pages != (int64_t)(end.v - start.v))
 			each_stretch(k, start, end, stretch_unprotect);
@@ -747,6 +769,19 @@ static void mirror_go(struct mirror *m)
 		resume_guest(k);
 }
 
+static bool mirror_shows(struct mirror *m, gfn_t gfn, pfn_t pfn)
+{
+	struct kage_kvm *k = kvm_of(m);
+	const struct run *run;
+	bool shows;
+
+	lock_take(&k->lock);
+	run = runs_find(&k->runs, gfn);
+	shows = !run || (run->kind == RUN_SHARED && pfn_eq(run_pfn(run, gfn), pfn)); /* no window: nothing shows anything */
+	lock_drop(&k->lock);
+	return shows;
+}
+
 static void *mirror_window(struct mirror *m, gfn_t gfn)
 {
 	return kvm_hva(kvm_of(m), gfn);
@@ -767,7 +802,7 @@ const struct mirror_ops kvm_mirror_ops = {
     .drop = mirror_drop, .freeze = mirror_freeze,
     .harvest = mirror_harvest,
     .track = mirror_track,
-	.stop = mirror_stop, .go = mirror_go, .slipped = mirror_slipped,
+	.stop = mirror_stop, .go = mirror_go, .slipped = mirror_slipped, .shows = mirror_shows,
     .reconcile = mirror_reconcile,
     .step = mirror_step,
     .audit = mirror_audit,

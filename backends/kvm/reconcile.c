@@ -219,59 +219,6 @@ int mirror_each_diverged(struct mirror *m, gfn_t start, gfn_t end,
 
 /* -- reconciling --------------------------------------------------------------------------- */
 
-struct reconcile {
-	bool adopt;
-	uint64_t left; /* pages that are private to the host now */
-};
-
-static uint64_t map_count(const uint64_t map[MIRROR_WORDS])
-{
-	uint64_t n = 0;
-
-	for (unsigned w = 0; w < MIRROR_WORDS; w++)
-		n += (uint64_t)__builtin_popcountll(map[w]);
-	return n;
-}
-
-static int reconcile_held(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct reconcile *rc)
-{
-	uint64_t left[MIRROR_WORDS];
-	int r;
-
-	if (rc->adopt)
-		return mm_adopt_runs(mm, base, map);
-	r = mm_host_private(mm, base, map, left);
-	if (r)
-		return r;
-	rc->left += map_count(map);
-	if (!map_count(left) || !mm->mirror->blocks)
-		return 0;
-	r = mm_adopt(mm, base, left, NULL, NULL);
-	if (r == 0)
-		rc->left -= map_count(left);
-	return r == -ETIMEDOUT || r == -EAGAIN ? 0 : r; /* the next one */
-}
-
-static int reconcile_block(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg)
-{
-	struct reconcile *rc = arg;
-	struct brlock_held held;
-	uint64_t now[MIRROR_WORDS];
-	unsigned reaps = 0;
-	int r;
-
-	do {
-		held = brlock_read(&mm->range);
-		memcpy(now, map, sizeof(now));
-		for (unsigned i = 0; i < BLOCK_PAGES; i++) /* unmapped since */
-			if (!mm_region(mm, gfn_add(base, i)))
-				now[i / 64] &= ~((uint64_t)1 << (i % 64));
-		r = map_count(now) ? reconcile_held(mm, base, now, rc) : 0;
-		brlock_read_drop(&mm->range, held);
-	} while (r == -EAGAIN || (r == -ENOMEM && reaps++ < REAPS_MAX && pool_reap(mm->host->pool) > 0));
-	return r;
-}
-
 static uint64_t now_ns(void)
 {
 	struct timespec t;
@@ -283,23 +230,16 @@ static uint64_t now_ns(void)
 int64_t mirror_reconcile(struct mirror *m, bool adopt)
 {
 	struct kage_kvm *k = kvm_of(m);
-	struct reconcile rc = {.adopt = adopt};
-	int64_t anon;
-	int r;
+	int64_t left = mm_reconcile(k->mm, GFN(0), GFN((uint64_t)1 << GFN_BITS), adopt), anon;
 
-	if (adopt && !m->blocks)
-		return -EOPNOTSUPP;
-	if (adopt && pool_pending(k->pool))
-		pool_reap(k->pool); /* home slots that wait for their grace period are where pages belong */
-	r = mirror_each_diverged(m, GFN(0), GFN((uint64_t)1 << GFN_BITS), reconcile_block, &rc);
-	if (r)
-		return r;
+	if (left < 0)
+		return left;
 	anon = scan_anon_rss(&k->features);
 	atomic_store(&k->anon_seen, anon < 0 ? 0 : anon);
-	atomic_store(&k->host_private, rc.left);
+	atomic_store(&k->host_private, (uint64_t)left);
 	atomic_store(&k->reconciled_ns, now_ns());
 	atomic_fetch_add(&k->reconciles, 1);
-	return (int64_t)rc.left;
+	return left;
 }
 
 /* -- mappings are scarce ---------------------------------------------------------------------- */

@@ -244,7 +244,7 @@ static void runs_cut(struct runs *r, gfn_t gfn)
 	if (!run || run->gfn.v >= gfn.v)
 		return;
 	tail = (struct run){
-	    .gfn = gfn, .npages = run_end(run).v - gfn.v, .pfn = run_pfn(run, gfn), .kind = run->kind};
+	    .gfn = gfn, .npages = run_end(run).v - gfn.v, .pfn = run_pfn(run, gfn), .kind = run->kind, .hva = run->hva + ((gfn.v - run->gfn.v) << PAGE_SHIFT)};
 	run->npages -= tail.npages;
 	p.at++;
 	run_insert(r, p, &tail);
@@ -270,6 +270,7 @@ void runs_clear(struct runs *r, gfn_t gfn, uint64_t npages)
 static bool runs_join(const struct run *a, const struct run *b)
 {
 	return run_end(a).v == b->gfn.v && a->kind == b->kind &&
+	       a->hva + (a->npages << PAGE_SHIFT) == b->hva &&
 	       (a->kind == RUN_ZERO || a->pfn.v + a->npages == b->pfn.v);
 }
 

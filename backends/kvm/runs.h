@@ -2,7 +2,7 @@
 /*
  * The mirror's table: gfn -> host mapping, as runs. One run is what one call of
  * mmap(2) maps and what the kernel keeps as one VMA: neighbours of one kind
- * whose memory is contiguous are one run, always.
+ * whose memory is contiguous, here and in the pool, are one run, always.
  *
  * Structures: leaves of up to RUNS_LEAF runs, in an array sorted by gfn. So a
  * change in the middle of 100,000 runs moves one leaf's worth of them.
@@ -30,9 +30,10 @@ struct run {
 	uint64_t npages;
 	pfn_t pfn; /* of the first; ZERO: PFN_NONE */
 	enum run_kind kind;
+	const char *hva; /* where it is seen: neighbours in the guest may lie in different windows */
 };
 
-#define RUNS_LEAF 31 /* a leaf is 1 KiB */
+#define RUNS_LEAF 25 /* a leaf is 1 KiB */
 
 struct run_leaf {
 	unsigned count;

@@ -347,6 +347,10 @@ static int region_possible(struct kage_kvm *k, const struct region *r)
 		env_log(k->env, KAGE_LOG_ERROR, "a region that traps needs userfaultfd, and write protection or pause()");
 		return -EOPNOTSUPP;
 	}
+	if (r->kind == KAGE_REGION_ANON && k->mm->host->limited && !(r->flags & KAGE_REGION_TRAP)) {
+		env_log(k->env, KAGE_LOG_ERROR, "the kernel fills a guest's memory without asking: a limit needs regions that trap");
+		return -EOPNOTSUPP;
+	}
 	if (r->kind != KAGE_REGION_FILE || file_in_memory(atomic_load(&((struct region *)r)->extent)->fd))
 		return 0;
 	if (k->mirror.exact || !k->config.pause) {

@@ -35,6 +35,16 @@ static int reconcile(struct mm *mm, void *arg)
 	return r < 0 ? (int)r : 0;
 }
 
+/* The mirror stays where it is meanwhile. */
+static int reconcile_one(struct mm *mm)
+{
+	struct brlock_held held = brlock_read(&mm->family->lock);
+	int r = reconcile(mm, NULL);
+
+	brlock_read_drop(&mm->family->lock, held);
+	return r;
+}
+
 int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats *stats)
 {
 	struct kage_stats s = { 0 };
@@ -44,7 +54,7 @@ int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats 
 		return -EINVAL;
 	r = config_check(stats, sizeof(s), offsetof(struct kage_stats, pages_host_private));
 	if (!r)
-		r = vm ? reconcile(&vm->mm, NULL) : host_each_mm(&e->host, reconcile, NULL);
+		r = vm ? reconcile_one(&vm->mm) : host_each_mm(&e->host, reconcile, NULL);
 	if (r)
 		return r;
 	if (vm) {
@@ -64,7 +74,7 @@ int kage_page_map(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint8_t *map)
 	if (!vm || !map || !len || (gpa | len) & (PAGE_SIZE - 1) || gpa >= (uint64_t)1 << KAGE_GPA_BITS ||
 	    len > ((uint64_t)1 << KAGE_GPA_BITS) - gpa)
 		return -EINVAL;
-	reconcile(&vm->mm, NULL);
+	reconcile_one(&vm->mm);
 	obs_page_map(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, map);
 	return KAGE_OK;
 }
@@ -111,6 +121,15 @@ static int text_write(const struct text *t, int fd)
 	return 0;
 }
 
+static int dump_mirror(struct mm *mm, bool json, struct text *t)
+{
+	struct brlock_held held = brlock_read(&mm->family->lock);
+	int r = mm->mirror ? mm->mirror->ops->dump(mm->mirror, json, text_put, t) : -ENOENT;
+
+	brlock_read_drop(&mm->family->lock, held);
+	return r;
+}
+
 static int dump_text(struct kage_vm *vm, enum kage_dump_what what, bool json, struct text *t)
 {
 	struct shadow *s = atomic_load(&vm->shadow);
@@ -119,7 +138,7 @@ static int dump_text(struct kage_vm *vm, enum kage_dump_what what, bool json, st
 	case KAGE_DUMP_PRIMARY:
 		return obs_dump_primary(&vm->mm, json, text_put, t);
 	case KAGE_DUMP_MIRROR:
-		return vm->mm.mirror ? vm->mm.mirror->ops->dump(vm->mm.mirror, json, text_put, t) : -ENOENT;
+		return dump_mirror(&vm->mm, json, t);
 	case KAGE_DUMP_REGIONS:
 		return obs_dump_regions(&vm->mm, json, text_put, t);
 	case KAGE_DUMP_SHADOW:

@@ -417,6 +417,8 @@ static int chunk_begin(struct merge *m, struct merge_mm *g)
 
 	if (!c)
 		return -ENOMEM;
+	if (mm_native(g->mm)) /* pages that the host kernel made private are to be found as such */
+		mm_reconcile(g->mm, base, gfn_add(base, MERGE_CHUNK_PAGES), false);
 	n = dirty_collect_bitmap(g->log, base, MERGE_CHUNK_PAGES, m->todo);
 	if (n < 0)
 		return (int)n;

@@ -123,9 +123,9 @@ int change_run(struct change *c)
 		dead_release(c->target[0].mm->host->pool, &c->dead);
 		if (r == -EAGAIN)
 			mm_count(c->target[0].mm, changes_raced);
+		change_settle(c);
 	}
 	if (r && c->ops->cancel)
 		c->ops->cancel(c);
-	change_settle(c);
 	return r;
 }

@@ -181,6 +181,17 @@ void mm_mark_accessed(struct mm *mm, gfn_t gfn, uint64_t npages)
 		logs_mark(mm, KAGE_DIRTY_ACCESSED, gfn, npages);
 }
 
+bool mm_dirty_accessed(const struct mm *mm)
+{
+	bool any = false;
+
+	rcu_enter();
+	for (struct dirty_log *log = load_acquire(&mm->dirty); log; log = load_acquire(&log->next))
+		any |= log->kind == KAGE_DIRTY_ACCESSED;
+	rcu_leave();
+	return any;
+}
+
 bool mm_dirty_fine(const struct mm *mm)
 {
 	bool fine = false;

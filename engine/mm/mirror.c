@@ -117,6 +117,7 @@ struct adopt {
 	entry_t old[BLOCK_PAGES];
 	pfn_t to[BLOCK_PAGES]; /* of pages in map */
 	uint64_t own[MIRROR_WORDS]; /* `to` is the old frame */
+	bool failed;		    /* some page could not be mapped, and is as it was */
 	bool gather;		    /* exclusive frames that lie elsewhere come home too */
 	uint64_t diverged;	    /* pages */
 	pfn_t populated_base;	    /* 2 MiB of which `populated` says what holds memory; PFN_NONE: none yet */
@@ -350,19 +351,28 @@ static void adopt_commit(struct change *c)
 
 /*
  * The window showed the old frames until the end: only now may another guest find
- * that one of them is its alone, and write to it.
+ * that one of them is its alone, and write to it. Where the host had no mapping left, the window
+ * shows them still: then the entry goes back, and what the guest has stays where it is.
  */
 static void adopt_after(struct change *c)
 {
 	struct adopt *a = container_of(c, struct adopt, c);
 	struct mm *mm = a->target.mm;
+	struct mirror *m = mm->mirror;
 	struct table_locked w = table_lock(mm->family, 0, a->base);
 
 	for_each_bit(i, a->map) {
 		entry_t e = a->old[i];
+		pfn_t gone = entry_is_leaf(e) && !(e & ENTRY_SPECIAL) ? entry_pfn(e) : PFN_NONE;
 
-		if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL) && !bit_test(a->own, i))
-			frame_drop(mm->host, entry_pfn(e), &c->dead);
+		if (unlikely(!m->ops->shows(m, gfn_add(a->base, i), a->to[i])) &&
+		    entry_load(&a->table[i]) == entry_leaf(a->to[i], ENTRY_W)) {
+			entry_store(&a->table[i], e & ~ENTRY_W);
+			gone = a->to[i];
+			a->failed = true;
+		}
+		if (!bit_test(a->own, i) && !pfn_is_none(gone))
+			frame_drop(mm->host, gone, &c->dead);
 	}
 	table_unlock(w);
 }
@@ -420,7 +430,7 @@ static int adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], bo
 	r = change_run(&a.c);
 	if (r == 0)
 		adopt_done(&a);
-	return r;
+	return r == 0 && a.failed ? -ENOMEM : r;
 }
 
 int mm_adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct notify_reader *self, const void *owner)
@@ -681,6 +691,7 @@ static void broken_commit(struct change *c)
 			continue;
 		}
 		entry_store(&b->table[i], ENTRY_HOST_PRIVATE);
+		mm_mark_changed(mm, gfn_add(b->base, i), 1); /* merging takes it for a page of a frame that it knows */
 		if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL))
 			frame_drop(mm->host, entry_pfn(e), &c->dead);
 		mm_count(mm, pages_broken);
@@ -708,6 +719,74 @@ int mm_host_private(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS],
 	b.target.notify.end = gfn_add(base, end);
 	b.c.target = &b.target;
 	return change_run(&b.c);
+}
+
+/* -- reconciling ----------------------------------------------------------------------------- */
+
+struct reconcile {
+	bool adopt;
+	uint64_t left; /* pages that are the host kernel's now */
+};
+
+static uint64_t map_count(const uint64_t map[MIRROR_WORDS])
+{
+	uint64_t n = 0;
+
+	for (unsigned w = 0; w < MIRROR_WORDS; w++)
+		n += (uint64_t)__builtin_popcountll(map[w]);
+	return n;
+}
+
+static int reconcile_held(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct reconcile *rc)
+{
+	uint64_t left[MIRROR_WORDS];
+	int r;
+
+	if (rc->adopt)
+		return mm_adopt_runs(mm, base, map);
+	r = mm_host_private(mm, base, map, left);
+	if (r)
+		return r;
+	rc->left += map_count(map);
+	if (!map_count(left) || !mm->mirror->blocks)
+		return 0;
+	r = mm_adopt(mm, base, left, NULL, NULL);
+	if (r == 0)
+		rc->left -= map_count(left);
+	return r == -ETIMEDOUT || r == -EAGAIN ? 0 : r; /* the next one */
+}
+
+static int reconcile_block(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg)
+{
+	struct reconcile *rc = arg;
+	struct brlock_held held;
+	uint64_t now[MIRROR_WORDS];
+	unsigned reaps = 0;
+	int r;
+
+	do {
+		held = brlock_read(&mm->range);
+		memcpy(now, map, sizeof(now));
+		for (unsigned i = 0; i < BLOCK_PAGES; i++) /* unmapped since */
+			if (!mm_region(mm, gfn_add(base, i)))
+				now[i / 64] &= ~((uint64_t)1 << (i % 64));
+		r = map_count(now) ? reconcile_held(mm, base, now, rc) : 0;
+		brlock_read_drop(&mm->range, held);
+	} while (r == -EAGAIN || (r == -ENOMEM && reaps++ < REAPS_MAX && pool_reap(mm->host->pool) > 0));
+	return r;
+}
+
+int64_t mm_reconcile(struct mm *mm, gfn_t start, gfn_t end, bool adopts)
+{
+	struct reconcile rc = { .adopt = adopts };
+	int r;
+
+	if (adopts && !mm->mirror->blocks)
+		return -EOPNOTSUPP;
+	if (adopts && pool_pending(mm->host->pool))
+		pool_reap(mm->host->pool); /* home slots that wait for their grace period are where pages belong */
+	r = mm->mirror->ops->each_diverged(mm->mirror, start, end, reconcile_block, &rc);
+	return r ? r : (int64_t)rc.left;
 }
 
 /* -- holes ----------------------------------------------------------------------------------- */

@@ -60,6 +60,8 @@ struct mirror_ops {
 			     int (*fn)(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], void *arg), void *arg);
 	/* Contents of [start, end) are dropped: reads show zeroes from here on. In a change of the range. */
 	void (*drop)(struct mirror *m, gfn_t start, gfn_t end);
+	/* After a change's end: the window shows the frame, shared. False: the mapping failed, it is as it was. */
+	bool (*shows)(struct mirror *m, gfn_t gfn, pfn_t pfn);
 	/* Where the page is seen; NULL: in no window. mm->range held. */
 	void *(*window)(struct mirror *m, gfn_t gfn);
 	/*
@@ -127,6 +129,11 @@ int mm_adopt_diverged(struct mm *mm, gfn_t start, gfn_t end);
  * Those whose old frame the arena would recycle are left, and set in `left`. mm->range held.
  */
 int mm_host_private(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], uint64_t left[MIRROR_WORDS]);
+/*
+ * Finds what has diverged in a range and drops the frames that it shared, or (`adopts`) takes it home.
+ * mm->range not held. Pages that are the host kernel's now; -EOPNOTSUPP, -ENOMEM.
+ */
+int64_t mm_reconcile(struct mm *mm, gfn_t start, gfn_t end, bool adopts);
 /* Gives all of the guest's ANON memory that has no entry and does not trap its home, in blocks. No mirror looks on. */
 int mm_fill(struct mm *mm, gfn_t start, gfn_t end);
 /* The same under a mirror: pages without an entry get their home slots, by adoption. Best effort. */

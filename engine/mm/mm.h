@@ -250,6 +250,8 @@ static inline bool mm_dirty_logged(const struct mm *mm)
 {
 	return READ_ONCE(mm->dirty) != NULL;
 }
+/* A log of accessed pages is open. */
+bool mm_dirty_accessed(const struct mm *mm);
 /* A log with KAGE_DIRTY_FINE is open: secondary MMUs map 4 KiB pieces for writing. */
 bool mm_dirty_fine(const struct mm *mm);
 

@@ -389,7 +389,8 @@ static const struct change_ops zap_ops = { .prepare = zap_prepare, .commit = zap
 static int zap_run(struct mm *mm, gfn_t start, gfn_t end, uint32_t reason, struct regions *set)
 {
 	struct zap z = {
-		.c = { .ops = &zap_ops, .targets = 1, .reason = reason },
+		/* a mirror has to be able to say that it has no mapping left for the pieces */
+		.c = { .ops = &zap_ops, .targets = 1, .reason = reason, .flags = mm->mirror ? KAGE_RANGE_OPTIONAL : 0 },
 		.target = { .mm = mm, .notify = { .start = start, .end = end } },
 		.start = start, .end = end, .set = set,
 	};

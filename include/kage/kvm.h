@@ -100,9 +100,9 @@ struct kage_kvm_config {
  * `vmfd` is borrowed until detach. Attach before vCPUs run, or while they are
  * parked. Guests with regions that trap need KAGE_KVM_USERFAULTFD.
  * Returns KAGE_OK; -EINVAL (arguments, a descriptor that is no VM, an engine
- * without KAGE_BACKING_MEMFD); -E2BIG; -EBUSY (it is attached); -EOPNOTSUPP (a
+ * without KAGE_BACKING_MEMFD); -E2BIG; -EBUSY (it is attached, or a log of accessed pages is open); -EOPNOTSUPP (a
  * policy or a region that this kernel cannot do, and the log says what is
- * missing; a confidential guest); -ENOSPC (no slot is left); -ENOMEM; the errno of an ioctl.
+ * missing; an engine with a memory limit, but for regions that trap; a confidential guest); -ENOSPC (no slot is left); -ENOMEM; the errno of an ioctl.
  */
 KAGE_API int kage_kvm_attach(struct kage_vm *vm, int vmfd, const struct kage_kvm_config *config,
 			     struct kage_kvm **out);
