@@ -26,6 +26,7 @@
 struct helper {
 	struct kage_kvm *k;
 	pthread_t reader, worker;
+	struct notify_reader serving; /* the worker's */
 	struct uffd uffd; /* the guest's, while the helper runs */
 	int stop, work;	  /* eventfds */
 	_Atomic bool stopping;
@@ -211,19 +212,15 @@ static void *worker_main(void *arg)
 {
 	struct helper *h = arg;
 	struct pollfd p = { .fd = h->work, .events = POLLIN };
-	struct notify_reader reader;
 	eventfd_t n;
 
-	if (notify_reader_attach(&h->k->mm->notify, &reader))
-		return NULL; /* kage_kvm_helper_start() has made its slots */
 	while (!atomic_load(&h->stopping)) {
 		poll(&p, 1, READ_ONCE(h->k->nwaiting) ? 1 : -1);
 		eventfd_read(h->work, &n);
-		worker_serve(h, &reader);
-		trap_waiting(h->k, &reader);
+		worker_serve(h, &h->serving);
+		trap_waiting(h->k, &h->serving);
 	}
-	worker_serve(h, &reader);
-	notify_reader_detach(&reader);
+	worker_serve(h, &h->serving);
 	return NULL;
 }
 
@@ -268,6 +265,7 @@ static struct uffd uffd_swap(struct kage_kvm *k, struct uffd next, bool events)
 
 static void helper_free(struct helper *h)
 {
+	notify_reader_detach(&h->serving);
 	if (h->stop >= 0)
 		close(h->stop);
 	if (h->work >= 0)
@@ -316,6 +314,8 @@ static int helper_start(struct kage_kvm *k)
 	h->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	h->work = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	r = h->stop < 0 || h->work < 0 ? -EMFILE : uffd_open(&h->uffd, &k->features, k->wp);
+	if (r == 0)
+		r = notify_reader_attach(&k->mm->notify, &h->serving);
 	if (r == 0)
 		r = threads_start(h); /* before the first event that somebody waits for */
 	if (r) {

@@ -386,7 +386,7 @@ static int kvm_set_policy(struct kage_kvm *k, uint32_t policy)
 		return -EINVAL;
 	if (k->abandoned && policy == KAGE_KVM_EXACT)
 		return -EOPNOTSUPP;
-	r = k->config.pause ? k->config.pause(k->config.opaque) : 0;
+	r = kvm_mirror_ops.stop(&k->mirror);
 	if (r)
 		return r;
 	brlock_write(&k->mm->family->lock);
@@ -394,8 +394,7 @@ static int kvm_set_policy(struct kage_kvm *k, uint32_t policy)
 	r = policy_change(k, policy);
 	brlock_write_drop(&k->mm->range);
 	brlock_write_drop(&k->mm->family->lock);
-	if (k->config.pause)
-		k->config.resume(k->config.opaque);
+	kvm_mirror_ops.go(&k->mirror);
 	return r;
 }
 
@@ -436,7 +435,10 @@ int kage_kvm_run_failed(struct kage_kvm *k, int vcpufd, const struct kvm_run *ru
 	if (err != EFAULT)
 		return -err;
 	lock_take(&k->lock);
-	r = mirror_repair(k);
+	if (run->exit_reason == KVM_EXIT_MEMORY_FAULT && feature_used(&k->features, KAGE_KVM_MEMORY_FAULT))
+		r = window_find(k, gpa_gfn(GPA(KAGE_KVM_RUN_MEMORY_FAULT(run)->gpa))) ? mirror_repair(k) : 0;
+	else
+		r = mirror_repair(k);
 	lock_drop(&k->lock);
 	if (r <= 0)
 		return api_result(k->vm->engine, __func__, 0, 0, -err);

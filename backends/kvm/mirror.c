@@ -38,8 +38,12 @@ static int ballast_map(struct kage_kvm *k)
 
 	if (at == MAP_FAILED)
 		return -errno;
-	for (unsigned i = 1; i < BALLAST_PAGES; i += 2)
-		mprotect(at + i * PAGE_SIZE, PAGE_SIZE, PROT_READ);
+	for (unsigned i = 1; i < BALLAST_PAGES; i += 2) {
+		if (mprotect(at + i * PAGE_SIZE, PAGE_SIZE, PROT_READ) != 0) {
+			munmap(at, BALLAST_PAGES * PAGE_SIZE);
+			return -ENOMEM;
+		}
+	}
 	k->ballast = at;
 	return 0;
 }
@@ -125,6 +129,47 @@ int mirror_register(struct kage_kvm *k, const struct run *run)
 	return mode ? uffd_register(&k->uffd, kvm_hva(k, run->gfn), run->npages << PAGE_SHIFT, mode) : 0;
 }
 
+#define PROTECT_TRIES 1000 /* a VMM that does nothing but change mappings must not keep traps from being served */
+
+/* -EAGAIN: the VMM changes a mapping, and the helper's reader has yet to hear of it. It needs nothing of ours. */
+static int protect(struct kage_kvm *k, char *at, size_t len)
+{
+	int r, tries = 0;
+
+	while ((r = uffd_protect(&k->uffd, at, len)) == -EAGAIN && tries++ < PROTECT_TRIES)
+		sched_yield();
+	return r == -EAGAIN ? -ETIMEDOUT : r;
+}
+
+struct slipped {
+	struct kage_kvm *k;
+	uint64_t mode;
+};
+
+/* Registered anew first: a page that slipped by may have done so because somebody took the registration away. */
+static int protect_slipped(void *arg, char *from, char *to)
+{
+	struct slipped *s = arg;
+	int r = uffd_register(&s->k->uffd, from, (size_t)(to - from), s->mode);
+
+	return r ? r : protect(s->k, from, (size_t)(to - from));
+}
+
+/*
+ * A replacement that has to trap is mapped first and registered then. Whoever touched it in between has a page
+ * that is not protected: it is now. What was written is private, and is found by the next look.
+ */
+static int register_fresh(struct kage_kvm *k, const struct run *run, char *at)
+{
+	uint64_t mode = mirror_mode(k, run);
+	struct slipped slipped = { k, mode };
+	int r = mirror_register(k, run);
+
+	if (r == 0 && mode & UFFDIO_REGISTER_MODE_MINOR)
+		r = scan_present(&k->features, at, run->npages << PAGE_SHIFT, protect_slipped, &slipped);
+	return r;
+}
+
 int mirror_map(struct kage_kvm *k, const struct run *want)
 {
 	char *at = kvm_hva(k, want->gfn);
@@ -145,7 +190,7 @@ int mirror_map(struct kage_kvm *k, const struct run *want)
 	one.hva = at;
 	runs_set(&k->runs, &one);
 	k->mapped_private |= want->kind == RUN_PRIVATE;
-	err = mirror_register(k, want);
+	err = register_fresh(k, want, at);
 	if (err)
 		env_log(k->env, KAGE_LOG_ERROR, "mm %llu gfn %llx: cannot trap: errno %d",
 			(unsigned long long)k->mm->id, (unsigned long long)want->gfn.v, -err);
@@ -358,30 +403,6 @@ static int each_stretch(struct kage_kvm *k, gfn_t start, gfn_t end, stretch_fn *
 	return r ? r : stretch_call(k, &s, fn);
 }
 
-/* -EAGAIN: the VMM changes a mapping, and the helper's reader has yet to hear of it. It needs nothing of ours. */
-static int protect(struct kage_kvm *k, char *at, size_t len)
-{
-	int r;
-
-	while ((r = uffd_protect(&k->uffd, at, len)) == -EAGAIN)
-		sched_yield();
-	return r;
-}
-
-struct slipped {
-	struct kage_kvm *k;
-	uint64_t mode;
-};
-
-/* Registered anew first: a page that slipped by may have done so because somebody took the registration away. */
-static int protect_slipped(void *arg, char *from, char *to)
-{
-	struct slipped *s = arg;
-	int r = uffd_register(&s->k->uffd, from, (size_t)(to - from), s->mode);
-
-	return r ? r : protect(s->k, from, (size_t)(to - from));
-}
-
 static int stretch_protect(struct kage_kvm *k, char *at, size_t len, const struct stretch *s)
 {
 	struct slipped slipped = { k, s->mode };
@@ -509,6 +530,13 @@ static void blocked_free(struct kage_kvm *k, struct blocked *b)
 	word_wake(&k->unblocked);
 }
 
+/* An end that finds no mapping left takes what is kept back. So it has to be there when one begins. */
+static int ballast_ready(struct kage_kvm *k)
+{
+	ballast_fill(k);
+	return k->ballast ? 0 : -ENOMEM;
+}
+
 static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 {
 	struct kage_kvm *k = container_of(n, struct kage_kvm, notifier);
@@ -529,6 +557,8 @@ static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 		b = blocked_new(k, range, start, end);
 		b->paused = paused;
 		r = runs_reserve(&k->runs, k->reserved);
+		if (r == 0 && range_replaces(k, range))
+			r = ballast_ready(k);
 		if (r == 0 && same)
 			r = block(k, b);
 		else if (r == 0 && range_replaces(k, range) && k->wp)

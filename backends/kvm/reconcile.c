@@ -42,11 +42,17 @@ static int found_run(void *arg, char *from, char *to)
 static bool page_differs(struct kage_kvm *k, const struct run *piece, gfn_t gfn)
 {
 	pfn_t pfn = piece->kind == RUN_ZERO ? PFN_ZERO : run_pfn(piece, gfn);
+	const struct region *reg;
+	bool absent;
 	entry_t e;
 
 	rcu_enter();
+	reg = mm_region(k->mm, gfn);
 	e = mm_lookup(k->mm, gfn).entry;
+	absent = entry_is_none(e) && reg && reg->flags & KAGE_REGION_TRAP; /* looking would trap */
 	rcu_leave();
+	if (absent)
+		return false;
 	return entry_state(e) == ENTRY_HOST_PRIVATE ||
 	       guest_compare(kvm_hva(k, gfn), pfn_hva(k->pool, pfn), PAGE_SIZE) != 0;
 }

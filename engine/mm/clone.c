@@ -157,6 +157,29 @@ static int child_drop_holes(struct clone *k)
 	return r;
 }
 
+/* The parent's, now that the child has let go of them, are its alone again: W says so, for the next clone too. */
+static int parent_keep_holes(struct clone *k)
+{
+	for (unsigned i = 0; i < k->holes; i++) {
+		gfn_t at = k->kept[i].start;
+
+		while (at.v < k->kept[i].end.v) {
+			struct table_locked w;
+			struct cursor c;
+			int r = table_own(k->parent, at, 0, false, &c);
+
+			if (r)
+				return r;
+			w = table_lock(k->parent->family, c.level, at);
+			if (entry_is_leaf(entry_load(c.slot)))
+				entry_store(c.slot, entry_load(c.slot) | ENTRY_W);
+			table_unlock(w);
+			at = GFN(ALIGN_DOWN(at.v, level_pages(c.level)) + level_pages(c.level));
+		}
+	}
+	return 0;
+}
+
 /* -- the change --------------------------------------------------------------------------- */
 
 static int clone_prepare(struct change *c)
@@ -207,6 +230,8 @@ static int clone_recheck(struct change *c)
 		r = m->ops->freeze(m, k->kept, k->nkept);
 	if (r == 0)
 		r = child_drop_holes(k);
+	if (r == 0)
+		r = parent_keep_holes(k);
 	return r ? r : clone_copies(k);
 }
 
@@ -271,6 +296,8 @@ int mm_clone(struct mm *parent, struct mm *child)
 		r = mm_adopt_diverged(parent, GFN(0), GFN((uint64_t)1 << GFN_BITS));
 	if (r == 0)
 		r = change_run(&k.c);
+	if (r == 0 && parent->mirror && parent->mirror->exact) /* who was not parked may have slipped by */
+		mm_adopt_diverged(parent, GFN(0), GFN((uint64_t)1 << GFN_BITS));
 	brlock_write_drop(&parent->range);
 	brlock_write_drop(&f->lock);
 	dead_release(parent->host->pool, &k.dead);

@@ -285,6 +285,8 @@ static int fill_arena(struct mm *mm, struct mm_fault *f, const struct region *re
 	}
 	table_unlock(w);
 	if (r == KAGE_OK) {
+		if (reg->touch)
+			mm_mark_changed(mm, f->gfn, 1); /* merging has not seen these contents */
 		f->pfn = pfn;
 		f->level = 0;
 		return r;

@@ -84,6 +84,18 @@ static int leaf_table(struct mm *mm, gfn_t base, entry_t **table)
 	return 0;
 }
 
+/* No entry but one of level 1 maps the block, as far as can be seen without locks. */
+static bool block_alone(const struct pool *pool, pfn_t pfn)
+{
+	bool alone = READ_ONCE(pfn_block(pool, pfn)->refs) == 1 &&
+		     (!pfn_section(pool, PFN(ALIGN_DOWN(pfn.v, GIANT_PAGES))) ||
+		      READ_ONCE(pfn_block(pool, PFN(ALIGN_DOWN(pfn.v, GIANT_PAGES)))->giant) == 0);
+
+	for (unsigned i = 0; alone && i < BLOCK_PAGES; i++)
+		alone = READ_ONCE(pfn_frame(pool, pfn_add(pfn, i))->refs) == 0;
+	return alone;
+}
+
 bool mm_exclusive(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l)
 {
 	const struct pool *pool = mm->host->pool;
@@ -100,8 +112,9 @@ bool mm_exclusive(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l)
 	}
 	if (l->level == 0)
 		return frame_exclusive(mm->host, l->pfn);
-	return (l->level == 1 ? pfn_block(pool, entry_pfn(l->entry))->refs :
-				pfn_block(pool, entry_pfn(l->entry))->giant) == 1;
+	if (l->level > 1) /* somebody may map pieces of it; W says if nobody does */
+		return false;
+	return block_alone(pool, entry_pfn(l->entry));
 }
 
 /* -- adoption -------------------------------------------------------------------------- */
