@@ -189,7 +189,7 @@ int mirror_map(struct kage_kvm *k, const struct run *want)
 		return -errno;
 	one.hva = at;
 	runs_set(&k->runs, &one);
-	k->mapped_private |= want->kind == RUN_PRIVATE;
+	k->mapped_private |= want->kind != RUN_SHARED;
 	err = register_fresh(k, want, at);
 	if (err)
 		env_log(k->env, KAGE_LOG_ERROR, "mm %llu gfn %llx: cannot trap: errno %d",
@@ -633,7 +633,7 @@ static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
 	kage_assert(b); /* N5: our start returned 0 */
 	pages = range_replaces(k, range) ? replace(k, b, start, end) : 0;
 	if (pages < 0)
-		env_log(k->env, KAGE_LOG_ERROR, "mm %llu gfn %llx: a mapping failed, errno %d",
+		env_log(k->env, KAGE_LOG_WARN, "mm %llu gfn %llx: a mapping failed, errno %d",
 			    (unsigned long long)k->mm->id, (unsigned long long)start.v, (int)-pages);
 	if (b->split)
 		each_stretch(k, start, end, stretch_unprotect);
