@@ -145,7 +145,7 @@ static gfn_t audit_entry(struct kage_kvm *k, struct audit *a, const struct regio
 {
 	struct mm_lookup l = mm_lookup(k->mm, gfn);
 	const struct run *run = runs_find(&k->runs, gfn);
-	uint64_t span = level_pages(MIN(l.level, 1u));
+	uint64_t span = mm_block_mixed(k->mm, gfn, &l) ? 1 : level_pages(MIN(l.level, 1u));
 	gfn_t next = GFN(MIN(ALIGN_DOWN(gfn.v, span) + span, region_end(reg).v));
 
 	CHECK(run && window_find(k, gfn), "mm %lu gfn %#lx: in no window", (long)k->mm->id, (long)gfn.v);

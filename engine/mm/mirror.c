@@ -84,16 +84,29 @@ static int leaf_table(struct mm *mm, gfn_t base, entry_t **table)
 	return 0;
 }
 
-/* No entry but one of level 1 maps the block, as far as can be seen without locks. */
-static bool block_alone(const struct pool *pool, pfn_t pfn)
+/* One entry of level 1 maps the block, and none of level 2. Pieces may be mapped beside. */
+static bool block_single(const struct pool *pool, pfn_t pfn)
 {
-	bool alone = READ_ONCE(pfn_block(pool, pfn)->refs) == 1 &&
-		     (!pfn_section(pool, PFN(ALIGN_DOWN(pfn.v, GIANT_PAGES))) ||
-		      READ_ONCE(pfn_block(pool, PFN(ALIGN_DOWN(pfn.v, GIANT_PAGES)))->giant) == 0);
+	pfn_t giant = PFN(ALIGN_DOWN(pfn.v, GIANT_PAGES));
 
-	for (unsigned i = 0; alone && i < BLOCK_PAGES; i++)
-		alone = READ_ONCE(pfn_frame(pool, pfn_add(pfn, i))->refs) == 0;
+	return READ_ONCE(pfn_block(pool, PFN(ALIGN_DOWN(pfn.v, BLOCK_PAGES)))->refs) == 1 &&
+	       (!pfn_section(pool, giant) || READ_ONCE(pfn_block(pool, giant)->giant) == 0);
+}
+
+bool mm_block_alone(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l)
+{
+	const struct pool *pool = mm->host->pool;
+	bool alone = l->writable || (l->level == 1 && mm_exclusive(mm, gfn, l));
+
+	for (unsigned i = 0; alone && !l->writable && i < BLOCK_PAGES; i++)
+		alone = READ_ONCE(pfn_frame(pool, pfn_add(entry_pfn(l->entry), i))->refs) == 0;
 	return alone;
+}
+
+bool mm_block_mixed(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l)
+{
+	return l->level == 1 && entry_is_leaf(l->entry) && !(l->entry & ENTRY_SPECIAL) && !l->writable &&
+	       block_single(mm->host->pool, l->pfn) && !mm_block_alone(mm, gfn, l);
 }
 
 bool mm_exclusive(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l)
@@ -114,7 +127,7 @@ bool mm_exclusive(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l)
 		return frame_exclusive(mm->host, l->pfn);
 	if (l->level > 1) /* somebody may map pieces of it; W says if nobody does */
 		return false;
-	return block_alone(pool, entry_pfn(l->entry));
+	return block_single(pool, l->pfn) && READ_ONCE(pfn_frame(pool, l->pfn)->refs) == 0;
 }
 
 /* -- adoption -------------------------------------------------------------------------- */
@@ -884,7 +897,7 @@ int mm_own_holes(struct mm *mm, struct gfn_range **out, unsigned *n, unsigned *r
 				     at.v + level_pages(l.level) <= end.v;
 
 			next = GFN(ALIGN_DOWN(at.v, step) + step);
-			if (block && mm_exclusive(mm, at, &l))
+			if (block && mm_block_alone(mm, at, &l))
 				r = hole_entry(&h, at, &l, &next);
 		}
 	}

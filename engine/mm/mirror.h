@@ -142,6 +142,10 @@ void mm_refill(struct mm *mm, gfn_t start, gfn_t end);
 int mm_tell(struct mm *mm, gfn_t start, gfn_t end, const void *owner);
 /* The page's frame is this guest's alone, whatever W says. Inside a read section. */
 bool mm_exclusive(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l);
+/* The same of all that an entry of level 1 or 2 maps (of level 2: if W says so). */
+bool mm_block_alone(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l);
+/* A block entry of which some pages are the guest's alone, and others map pieces of the rest. */
+bool mm_block_mixed(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l);
 
 /*
  * Runs of 2 MiB blocks that are the guest's own and hold no memory: a clone gives

@@ -61,6 +61,8 @@ static uint64_t classify_run(struct mm *mm, gfn_t gfn, uint64_t n, struct holes 
 	uint8_t class = KAGE_PAGE_NONE;
 
 	run = MIN(run, n);
+	if (mm_block_mixed(mm, gfn, &l))
+		run = 1;
 	if (reg && entry_is_leaf(l.entry))
 		class = leaf_class(mm, &l, gfn, reg);
 	else if (reg)

@@ -559,9 +559,8 @@ static struct kage_region some_region(void)
 	return k;
 }
 
-static void do_map(struct pair *p)
+static void map(struct pair *p, struct kage_region k)
 {
-	struct kage_region k = some_region();
 	const int *fds = k.kind == KAGE_REGION_FILE ? run_.file : run_.foreign;
 	int soft;
 
@@ -570,6 +569,11 @@ static void do_map(struct pair *p)
 	soft = kage_vm_map(p->soft, &k);
 	k.fd = k.kind ? fds[1] : 0;
 	both(soft, kage_vm_map(p->vm, &k));
+}
+
+static void do_map(struct pair *p)
+{
+	map(p, some_region());
 }
 
 static void do_unmap(struct pair *p)
@@ -954,8 +958,13 @@ static void start(const struct shape *shape, uint64_t seed)
 	run_.foreign[1] = make_file();
 	while (run_.count < 2)
 		do_create(NULL);
+	if (seed % 4 && !shape->guests) /* else windows are many and small */
+		map(run_.pair[seed % 2], (struct kage_region){.size = sizeof(struct kage_region), .flags = KAGE_REGION_MERGEABLE,
+							      .gpa = run_.area[0], .len = AREA_PAGES * PAGE});
 	for (unsigned i = 0; i < 6; i++)
 		do_map(run_.pair[i % 2]);
+	map(run_.pair[0], (struct kage_region){.size = sizeof(struct kage_region), .flags = KAGE_REGION_MERGEABLE,
+					       .gpa = run_.area[1] + 128 * PAGE, .len = 800 * PAGE});
 	audit_both();
 }
 
