@@ -98,7 +98,7 @@ struct kage_kvm_config {
  * to be, also for those that are mapped later. One attachment a guest.
  *
  * `vmfd` is borrowed until detach. Attach before vCPUs run, or while they are
- * parked. Guests with regions that trap need KAGE_KVM_USERFAULTFD.
+ * parked; the same goes for mapping, unmapping and protecting memory later, unless `pause` is given. Guests with regions that trap need KAGE_KVM_USERFAULTFD.
  * Returns KAGE_OK; -EINVAL (arguments, a descriptor that is no VM, an engine
  * without KAGE_BACKING_MEMFD); -E2BIG; -EBUSY (it is attached, or a log of accessed pages is open); -EOPNOTSUPP (a
  * policy or a region that this kernel cannot do, and the log says what is
@@ -130,7 +130,8 @@ KAGE_API void *kage_kvm_window(struct kage_kvm *kvm, uint64_t gpa, uint64_t len)
 KAGE_API int kage_kvm_run_failed(struct kage_kvm *kvm, int vcpufd, const struct kvm_run *run, int err);
 
 /**
- * Changes the policy; AUTO is decided anew, by who listens to the guest now. Pauses the
+ * Changes the policy; AUTO is decided anew, by who listens to the guest now. Have somebody serve traps before: a vCPU
+ * that waits in a trap cannot be stopped on every KVM until it is served, or trapping abandoned. Pauses the
  * guest through `pause`; without one the vCPUs must not run. All that the kernel made private is adopted first.
  * Returns KAGE_OK, -EINVAL, -EAGAIN (somebody wrote meanwhile), -EOPNOTSUPP (as attach), -ENOMEM.
  */

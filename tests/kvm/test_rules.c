@@ -542,6 +542,8 @@ START_TEST(rule_4_policies_change_under_a_running_guest)
 	}
 	is(kage_kvm_set_policy(kvm_of(a), 3), -EINVAL);
 	check_stamps(a);
+	ok(kage_kvm_helper_stop(kvm_of(a)));
+	audit();
 	free_vmm(b);
 	free_vmm(a);
 	engine_down();
