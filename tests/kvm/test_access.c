@@ -16,7 +16,8 @@
 
 #include "kvm_test.h"
 
-#define need_threads() need(has(KAGE_KVM_USERFAULTFD) && has(KAGE_KVM_UFFD_WP), "threads of a test cannot be paused")
+#define need_threads()                                                                                       \
+	need(has(KAGE_KVM_USERFAULTFD) && has(KAGE_KVM_UFFD_WP), "threads of a test cannot be paused")
 
 /* -- churn ------------------------------------------------------------------------- */
 
@@ -141,8 +142,8 @@ static void owners_check(const struct owner *o)
 {
 	uint64_t pair[2], page;
 
-	ck_assert_msg(!o->error, "way %u: %d; page %lu found %lu, not %lu", o->way, o->error, o->page, o->found,
-		      o->count[o->page]);
+	ck_assert_msg(!o->error, "way %u: %d; page %lu found %lu, not %lu", o->way, o->error, o->page,
+		      o->found, o->count[o->page]);
 	for (page = 0; page < COUNTER_PAGES; page++) {
 		ok(kage_vm_read(o->b->vm, pair_gpa(o, page), pair, 16));
 		same(pair[0], o->count[page]);
@@ -194,9 +195,9 @@ END_TEST
 
 /* -- the kernel's own I/O ----------------------------------------------------------------- */
 
-#define IO_PAGES  ((uint64_t)16)
-#define FILE_LEN  (4 * MIB)
-#define IO_GPA	  (400 * PAGE) /* behind churn's counters and spares, in the same 2 MiB */
+#define IO_PAGES ((uint64_t)16)
+#define FILE_LEN (4 * MIB)
+#define IO_GPA	 (400 * PAGE) /* behind churn's counters and spares, in the same 2 MiB */
 
 static uint64_t file_word(uint64_t offset)
 {
@@ -397,14 +398,20 @@ static void ring_unregister(struct ring *r)
 /* One read into fixed buffer `index`, all of it. */
 static void ring_read(struct ring *r, int fd, const struct iovec *iov, unsigned index, uint64_t offset)
 {
-	uint32_t *tail = (uint32_t *)(r->sq + r->p.sq_off.tail), *array = (uint32_t *)(r->sq + r->p.sq_off.array);
-	uint32_t *head = (uint32_t *)(r->cq + r->p.cq_off.head), mask_sq = *(uint32_t *)(r->sq + r->p.sq_off.ring_mask);
+	uint32_t *tail = (uint32_t *)(r->sq + r->p.sq_off.tail),
+		 *array = (uint32_t *)(r->sq + r->p.sq_off.array);
+	uint32_t *head = (uint32_t *)(r->cq + r->p.cq_off.head),
+		 mask_sq = *(uint32_t *)(r->sq + r->p.sq_off.ring_mask);
 	uint32_t mask_cq = *(uint32_t *)(r->cq + r->p.cq_off.ring_mask), slot = *tail & mask_sq;
 	struct io_uring_cqe *cqe = (struct io_uring_cqe *)(r->cq + r->p.cq_off.cqes);
 	int res;
 
-	r->sqe[slot] = (struct io_uring_sqe){.opcode = IORING_OP_READ_FIXED, .fd = fd, .off = offset, .buf_index = (uint16_t)index,
-					     .addr = (uintptr_t)iov[index].iov_base, .len = (uint32_t)iov[index].iov_len};
+	r->sqe[slot] = (struct io_uring_sqe){.opcode = IORING_OP_READ_FIXED,
+					     .fd = fd,
+					     .off = offset,
+					     .buf_index = (uint16_t)index,
+					     .addr = (uintptr_t)iov[index].iov_base,
+					     .len = (uint32_t)iov[index].iov_len};
 	array[slot] = slot;
 	__atomic_store_n(tail, *tail + 1, __ATOMIC_RELEASE);
 	do
@@ -422,7 +429,8 @@ static void ring_read_all(struct ring *r, int fd, const struct iovec *iov, unsig
 		ring_read(r, fd, iov, i, offset);
 }
 
-/* Writes after the buffer was registered: a page that a clone shares gets another frame, or the kernel's own. */
+/* Writes after the buffer was registered: a page that a clone shares gets another frame, or the kernel's own.
+ */
 static void fixed_write(struct bare *b, uint64_t word)
 {
 	for (uint64_t p = 0; p < IO_PAGES; p++)
@@ -654,9 +662,10 @@ END_TEST
 
 /* -- translation -------------------------------------------------------------------------------------- */
 
-#define MAPPED	   (64 * MIB) /* payload_small.map */
-#define LEAF(gva)  (PAYLOAD_TABLES + PAGE + (gva) / (2 * MIB) * PAGE + (gva) / PAGE % 512 * 8)
-#define GARBAGE	   (56 * MIB) /* gvas from here on: first words of their leaf tables are what a payload wrote there */
+#define MAPPED	  (64 * MIB) /* payload_small.map */
+#define LEAF(gva) (PAYLOAD_TABLES + PAGE + (gva) / (2 * MIB) * PAGE + (gva) / PAGE % 512 * 8)
+#define GARBAGE                                                                                              \
+	(56 * MIB) /* gvas from here on: first words of their leaf tables are what a payload wrote there */
 
 static uint32_t phys_bits(const struct vmm *vmm)
 {
@@ -687,18 +696,22 @@ static void same_translation(struct vmm *vmm, struct kage_vcpu *vcpu, uint64_t g
 	int r = kage_vcpu_translate(vcpu, gva, 0, &fault);
 
 	ok(ioctl(vmm->vcpu[0]->fd, KVM_TRANSLATE, &t));
-	ck_assert_msg((r == KAGE_OK || r == KAGE_MMIO) == !!t.valid, "gva %lx: %d, KVM says %u %llx", gva, r, t.valid,
-		      t.physical_address);
+	ck_assert_msg((r == KAGE_OK || r == KAGE_MMIO) == !!t.valid, "gva %lx: %d, KVM says %u %llx", gva, r,
+		      t.valid, t.physical_address);
 	if (!t.valid)
 		return;
-	ck_assert_msg(fault.gpa == t.physical_address, "gva %lx: %lx, KVM says %llx", gva, fault.gpa, t.physical_address);
+	ck_assert_msg(fault.gpa == t.physical_address, "gva %lx: %lx, KVM says %llx", gva, fault.gpa,
+		      t.physical_address);
 	(*mapped)++;
 }
 
 /* The guest writes to its own tables, which it shares with a clone. */
 static void garble(struct vmm *vmm, uint64_t seed)
 {
-	struct payload_mailbox mb = {.program = PAYLOAD_TOUCH, .base = LEAF(GARBAGE), .mode = PAYLOAD_WRITE, .seed = seed,
+	struct payload_mailbox mb = {.program = PAYLOAD_TOUCH,
+				     .base = LEAF(GARBAGE),
+				     .mode = PAYLOAD_WRITE,
+				     .seed = seed,
 				     .pages = (MAPPED - GARBAGE) / (2 * MIB)};
 
 	put_program(vmm, 0, mb);
@@ -728,7 +741,8 @@ START_TEST(translates_as_kvm_does)
 		ok(kage_kvm_load_regs(vcpu, a->vcpu[0]->fd));
 		same_translation(a, vcpu, gva, &mapped);
 		if (i % 200 == 99)
-			ck_assert_int_ge(kage_kvm_reconcile(kvm_of(a), i % 400 == 99 ? KAGE_KVM_ADOPT : 0), 0);
+			ck_assert_int_ge(kage_kvm_reconcile(kvm_of(a), i % 400 == 99 ? KAGE_KVM_ADOPT : 0),
+					 0);
 	}
 	ck_assert_uint_gt(mapped, 300);
 	ck_assert_uint_lt(mapped, 1000);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Two engines are told the same: one has no KVM, all guests of the other are attached to VMs of /dev/kvm. After each
- * step results are equal and an audit finds nothing; now and then, and at the end, all guests
- * hold the same bytes with the same permissions, and share the same pages.
+ * Two engines are told the same: one has no KVM, all guests of the other are attached to VMs of /dev/kvm.
+ *After each step results are equal and an audit finds nothing; now and then, and at the end, all guests hold
+ *the same bytes with the same permissions, and share the same pages.
  *
  *   struct pair   a guest of both engines. Without `vmm` the test plays the guest through the window;
  *                 with it a payload writes, and the soft side is told from the payload's log
@@ -13,12 +13,12 @@
  * repeats one), KAGE_SEQUENCES, KAGE_STEPS; KAGE_KVM_MASK.
  *
  * invariants
- *	D1. The soft engine decides whether a write is allowed; what it refuses is not written through a window.
- *	D2. A strict sequence merges until nothing more merges, on both sides at the same step. What a
- *	    page shares depends on when it was merged (a stable frame whose last but one user has gone stays one),
- *	    so loose sequences, which merge in small pieces and under running guests, compare no classes.
- *	D3. Fewer than 64 runs of a 2 MiB diverge between two reconciles, so that no block is widened: that
- *	    would un-share pages which the soft side goes on sharing.
+ *	D1. The soft engine decides whether a write is allowed; what it refuses is not written through a
+ *window. D2. A strict sequence merges until nothing more merges, on both sides at the same step. What a page
+ *shares depends on when it was merged (a stable frame whose last but one user has gone stays one), so loose
+ *sequences, which merge in small pieces and under running guests, compare no classes. D3. Fewer than 64 runs
+ *of a 2 MiB diverge between two reconciles, so that no block is widened: that would un-share pages which the
+ *soft side goes on sharing.
  */
 #include <stdarg.h>
 
@@ -37,18 +37,21 @@
 struct shape {
 	const char *name;
 	uint32_t policy, mask;
-	bool guests; /* payloads run */
+	bool guests;	  /* payloads run */
 	bool by_contents; /* nothing but contents tells who has diverged */
 };
 
 #define BIT(n) (1u << (n))
-#define NO_UFFD (BIT(KAGE_KVM_USERFAULTFD) | BIT(KAGE_KVM_UFFD_WP) | BIT(KAGE_KVM_UFFD_MINOR) | BIT(KAGE_KVM_UFFD_CONTINUE_WP))
+#define NO_UFFD                                                                                              \
+	(BIT(KAGE_KVM_USERFAULTFD) | BIT(KAGE_KVM_UFFD_WP) | BIT(KAGE_KVM_UFFD_MINOR) |                      \
+	 BIT(KAGE_KVM_UFFD_CONTINUE_WP))
 
 static const struct shape shapes[] = {
     {"native", KAGE_KVM_NATIVE, 0, false, false},
     {"exact", KAGE_KVM_EXACT, 0, false, false},
     {"native, no PAGEMAP_SCAN", KAGE_KVM_NATIVE, BIT(KAGE_KVM_PAGEMAP_SCAN), false, false},
-    {"native, contents compared", KAGE_KVM_NATIVE, BIT(KAGE_KVM_PAGEMAP_SCAN) | BIT(KAGE_KVM_PAGEMAP), false, true},
+    {"native, contents compared", KAGE_KVM_NATIVE, BIT(KAGE_KVM_PAGEMAP_SCAN) | BIT(KAGE_KVM_PAGEMAP), false,
+     true},
     {"native, no userfaultfd", KAGE_KVM_NATIVE, NO_UFFD, false, false},
     {"exact, no PAGEMAP_SCAN", KAGE_KVM_EXACT, BIT(KAGE_KVM_PAGEMAP_SCAN), false, false},
     {"native payloads", KAGE_KVM_NATIVE, 0, true, false},
@@ -68,7 +71,7 @@ struct pair {
 	struct kage_vm *vm;
 	struct kage_kvm *kvm;
 	int fd;
-	struct vmm *vmm; /* NULL: no vCPU */
+	struct vmm *vmm;		  /* NULL: no vCPU */
 	struct kage_kvm_slot slot[SLOTS]; /* as KVM has them; len 0: none. Not of a vmm's */
 	struct pinned pin[PINS];
 };
@@ -78,7 +81,7 @@ static struct story {
 	char name[40];
 	uint64_t seed, step, ops;
 	char line[HISTORY][120];
-} *stories;
+} * stories;
 
 static struct {
 	const struct shape *shape;
@@ -89,7 +92,7 @@ static struct {
 	unsigned count, next_id;
 	bool loose, helper;
 	uint64_t area[2];
-	uint64_t log, stamps; /* payloads: where they log, and memory that only STAMP writes */
+	uint64_t log, stamps;	 /* payloads: where they log, and memory that only STAMP writes */
 	int file[2], foreign[2]; /* of the soft and the other side */
 } run_;
 
@@ -211,8 +214,11 @@ static struct pair *some_pair(void)
 static int set_slot(void *opaque, const struct kage_kvm_slot *s)
 {
 	struct pair *p = opaque;
-	struct kvm_userspace_memory_region m = {
-	    .slot = s->slot, .flags = s->flags, .guest_phys_addr = s->gpa, .memory_size = s->len, .userspace_addr = s->hva};
+	struct kvm_userspace_memory_region m = {.slot = s->slot,
+						.flags = s->flags,
+						.guest_phys_addr = s->gpa,
+						.memory_size = s->len,
+						.userspace_addr = s->hva};
 
 	if (s->slot >= SLOTS)
 		return -EINVAL;
@@ -322,7 +328,8 @@ static void do_clone(struct pair *p)
 static void unpin(struct pair *p, struct pinned *pin)
 {
 	op("guest %u unpin %lx + %lx", p->id, pin->gpa, pin->pages);
-	ck_assert(both(kage_vm_unpin(p->soft, pin->gpa, pin->pages * PAGE), kage_vm_unpin(p->vm, pin->gpa, pin->pages * PAGE)));
+	ck_assert(both(kage_vm_unpin(p->soft, pin->gpa, pin->pages * PAGE),
+		       kage_vm_unpin(p->vm, pin->gpa, pin->pages * PAGE)));
 	pin->pages = 0;
 }
 
@@ -359,8 +366,8 @@ static bool is_zero(const uint8_t *page)
 }
 
 /*
- * HOME, PRIVATE and HOST_PRIVATE differ in where the page lies. A page of a file that nobody has written has an
- * entry if somebody asked the engine for it, and none if it was seen through a window only.
+ * HOME, PRIVATE and HOST_PRIVATE differ in where the page lies. A page of a file that nobody has written has
+ * an entry if somebody asked the engine for it, and none if it was seen through a window only.
  */
 static uint8_t kind_of(uint8_t class)
 {
@@ -383,7 +390,8 @@ static void same_class(const struct pair *p, uint64_t gpa, uint8_t soft, uint8_t
 		ck_abort_msg("guest %u gpa %lx: class %u, without KVM %u", p->id, gpa, hard, soft);
 }
 
-static void same_page(const struct pair *p, uint64_t gpa, const uint8_t *got, const uint8_t *want, const char *how)
+static void same_page(const struct pair *p, uint64_t gpa, const uint8_t *got, const uint8_t *want,
+		      const char *how)
 {
 	unsigned i = 0;
 
@@ -470,10 +478,12 @@ static void compare_access(struct pair *p, uint64_t gpa)
 	region_access(p->soft, gpa, soft);
 	region_access(p->vm, gpa, hard);
 	for (uint64_t i = 0; i < AREA_PAGES; i++) {
-		uint32_t want = soft[i] != ~0u && soft[i] & KAGE_READ ? soft[i] & (KAGE_READ | KAGE_WRITE) : 0;
+		uint32_t want =
+		    soft[i] != ~0u && soft[i] & KAGE_READ ? soft[i] & (KAGE_READ | KAGE_WRITE) : 0;
 
 		if (hard[i] != soft[i])
-			ck_abort_msg("guest %u gpa %lx: access %x, without KVM %x", p->id, gpa + i * PAGE, hard[i], soft[i]);
+			ck_abort_msg("guest %u gpa %lx: access %x, without KVM %x", p->id, gpa + i * PAGE,
+				     hard[i], soft[i]);
 		if (!p->vmm && slot_access(p, gpa + i * PAGE) != want)
 			ck_abort_msg("guest %u gpa %lx: KVM's slot allows %u, not %u", p->id, gpa + i * PAGE,
 				     slot_access(p, gpa + i * PAGE), want);
@@ -524,7 +534,8 @@ static void compare_all(bool access)
 	audit();
 }
 
-/* -- operations: regions ---------------------------------------------------------------------------------- */
+/* -- operations: regions ----------------------------------------------------------------------------------
+ */
 
 static uint32_t some_prot(void)
 {
@@ -536,7 +547,8 @@ static uint32_t some_prot(void)
 static struct kage_region some_region(void)
 {
 	struct kage_region k = {.size = sizeof(k), .prot = some_prot()};
-	uint64_t dice = rng_below(r_, 100), pages = dice % 3 ? 1 + rng_below(r_, 60) : 100 + rng_below(r_, 500);
+	uint64_t dice = rng_below(r_, 100),
+		 pages = dice % 3 ? 1 + rng_below(r_, 60) : 100 + rng_below(r_, 500);
 	uint64_t first = rng_chance(r_, 50) ? 480 + rng_below(r_, 50) : rng_below(r_, AREA_PAGES);
 
 	if (dice < 68) {
@@ -595,8 +607,9 @@ static void do_protect(struct pair *p)
 
 static void do_advise(struct pair *p)
 {
-	static const enum kage_advice advice[] = {KAGE_ADVICE_MERGEABLE, KAGE_ADVICE_UNMERGEABLE, KAGE_ADVICE_DISCARD,
-						  KAGE_ADVICE_DISCARD, KAGE_ADVICE_WILLNEED};
+	static const enum kage_advice advice[] = {KAGE_ADVICE_MERGEABLE, KAGE_ADVICE_UNMERGEABLE,
+						  KAGE_ADVICE_DISCARD, KAGE_ADVICE_DISCARD,
+						  KAGE_ADVICE_WILLNEED};
 	enum kage_advice a = advice[rng_below(r_, COUNT(advice))];
 	struct where w = some_range(200);
 
@@ -604,7 +617,8 @@ static void do_advise(struct pair *p)
 	both(kage_vm_advise(p->soft, w.gpa, w.len, a), kage_vm_advise(p->vm, w.gpa, w.len, a));
 }
 
-/* -- operations: access ------------------------------------------------------------------------------------ */
+/* -- operations: access ------------------------------------------------------------------------------------
+ */
 
 static void write_window(struct pair *p, struct where w)
 {
@@ -684,10 +698,12 @@ static void do_pinned(struct pair *p)
 	fill_fresh(pin->gpa, pin->pages * PAGE);
 	iov_write(pin->soft, pin->n_soft);
 	iov_write(pin->hard, pin->n_hard);
-	both(kage_vm_mark_dirty(p->soft, pin->gpa, pin->pages * PAGE), kage_vm_mark_dirty(p->vm, pin->gpa, pin->pages * PAGE));
+	both(kage_vm_mark_dirty(p->soft, pin->gpa, pin->pages * PAGE),
+	     kage_vm_mark_dirty(p->vm, pin->gpa, pin->pages * PAGE));
 }
 
-/* -- operations: payloads --------------------------------------------------------------------------------------- */
+/* -- operations: payloads
+ * --------------------------------------------------------------------------------------- */
 
 /* What the guest did outside of the areas (its log, its mailbox) is its own. */
 static void write_soft(struct pair *p, uint64_t gpa, uint64_t word)
@@ -709,7 +725,8 @@ static void guest_dirties(struct pair *p, struct payload_mailbox mb)
 	ok(payload_round(p->vmm, 0, TIMEOUT_MS));
 	same(payload_peek(p->vmm, 0, count), mb.iterations);
 	for (uint64_t i = 0; i < mb.iterations; i++)
-		write_soft(p, read64(p->vm, mb.log + i * 8) * PAGE + i % 512 * 8, (mb.go + 1) << 32 | (i + 1));
+		write_soft(p, read64(p->vm, mb.log + i * 8) * PAGE + i % 512 * 8,
+			   (mb.go + 1) << 32 | (i + 1));
 }
 
 /* The payload's own code, run here on what the soft side has, says what it should have seen and written. */
@@ -723,7 +740,8 @@ static void guest_touches(struct pair *p, struct payload_mailbox mb)
 	ok(payload_put(p->vmm, 0, &mb));
 	ok(payload_round(p->vmm, 0, TIMEOUT_MS));
 	for (i = 0; i < mb.pages; i++)
-		if (!(mb.mode & PAYLOAD_READ) || kage_vm_read(p->soft, mb.base + i * PAGE, fresh + i * PAGE, 8) != KAGE_OK)
+		if (!(mb.mode & PAYLOAD_READ) ||
+		    kage_vm_read(p->soft, mb.base + i * PAGE, fresh + i * PAGE, 8) != KAGE_OK)
 			memset(fresh + i * PAGE, 0xff, 8); /* no memory: all ones */
 	guest_touch(&mb, (char *)fresh - mb.base);
 	same(payload_peek(p->vmm, 0, checksum), mb.checksum);
@@ -780,8 +798,12 @@ static void disturb(struct pair *p)
 
 static void do_stamp(struct pair *p)
 {
-	struct payload_mailbox mb = {.program = PAYLOAD_STAMP, .base = run_.stamps, .pages = MIB / PAGE, .log = run_.log,
-				     .words = 8, .seed = 7};
+	struct payload_mailbox mb = {.program = PAYLOAD_STAMP,
+				     .base = run_.stamps,
+				     .pages = MIB / PAGE,
+				     .log = run_.log,
+				     .words = 8,
+				     .seed = 7};
 	struct vmm_entry entry = payload_entry(0);
 
 	if (!p->vmm || !run_.loose)
@@ -802,7 +824,8 @@ static void do_stamp(struct pair *p)
 	ok(vmm_vcpu_enter_long_mode(p->vmm->vcpu[0], &entry));
 }
 
-/* -- operations: the engines ---------------------------------------------------------------------------------------- */
+/* -- operations: the engines
+ * ---------------------------------------------------------------------------------------- */
 
 static uint64_t settle(struct kage_engine *e)
 {
@@ -887,15 +910,17 @@ static void do_compare(struct pair *unused)
 	compare_all(rng_chance(r_, 30));
 }
 
-/* -- sequences ------------------------------------------------------------------------------------------------------ */
+/* -- sequences
+ * ------------------------------------------------------------------------------------------------------ */
 
 static const struct {
 	unsigned weight;
 	void (*run)(struct pair *p);
 } operations[] = {
-    {50, do_map},     {30, do_unmap},	{40, do_protect},  {70, do_advise},   {220, do_write},	{40, do_read},
-    {30, do_pin},     {40, do_pinned},	{200, do_guest},   {10, do_stamp},    {8, do_create},	{35, do_clone},
-    {18, do_destroy}, {70, do_step},	{50, do_reconcile}, {12, do_reattach}, {10, do_policy}, {40, do_compare},
+    {50, do_map},      {30, do_unmap},	{40, do_protect}, {70, do_advise}, {220, do_write},
+    {40, do_read},     {30, do_pin},	{40, do_pinned},  {200, do_guest}, {10, do_stamp},
+    {8, do_create},    {35, do_clone},	{18, do_destroy}, {70, do_step},   {50, do_reconcile},
+    {12, do_reattach}, {10, do_policy}, {40, do_compare},
 };
 
 static void one_step(void)
@@ -945,8 +970,9 @@ static void start(const struct shape *shape, uint64_t seed)
 	run_.story = s;
 	run_.rng = rng_seed(seed);
 	run_.loose = seed % 3 == 0;
-	run_.helper = shape->policy == KAGE_KVM_EXACT ||
-		      (!shape->guests && has(KAGE_KVM_USERFAULTFD) && !(shape->mask & BIT(KAGE_KVM_USERFAULTFD)) && seed % 2);
+	run_.helper =
+	    shape->policy == KAGE_KVM_EXACT || (!shape->guests && has(KAGE_KVM_USERFAULTFD) &&
+						!(shape->mask & BIT(KAGE_KVM_USERFAULTFD)) && seed % 2);
 	places(shape->guests);
 	op("seed %lu%s%s", seed, run_.loose ? ", loose" : "", run_.helper ? ", helper" : "");
 	ok(kage_engine_create(&c, &run_.soft));
@@ -959,12 +985,16 @@ static void start(const struct shape *shape, uint64_t seed)
 	while (run_.count < 2)
 		do_create(NULL);
 	if (seed % 4 && !shape->guests) /* else windows are many and small */
-		map(run_.pair[seed % 2], (struct kage_region){.size = sizeof(struct kage_region), .flags = KAGE_REGION_MERGEABLE,
-							      .gpa = run_.area[0], .len = AREA_PAGES * PAGE});
+		map(run_.pair[seed % 2], (struct kage_region){.size = sizeof(struct kage_region),
+							      .flags = KAGE_REGION_MERGEABLE,
+							      .gpa = run_.area[0],
+							      .len = AREA_PAGES * PAGE});
 	for (unsigned i = 0; i < 6; i++)
 		do_map(run_.pair[i % 2]);
-	map(run_.pair[0], (struct kage_region){.size = sizeof(struct kage_region), .flags = KAGE_REGION_MERGEABLE,
-					       .gpa = run_.area[1] + 128 * PAGE, .len = 800 * PAGE});
+	map(run_.pair[0], (struct kage_region){.size = sizeof(struct kage_region),
+					       .flags = KAGE_REGION_MERGEABLE,
+					       .gpa = run_.area[1] + 128 * PAGE,
+					       .len = 800 * PAGE});
 	audit_both();
 }
 
@@ -1007,9 +1037,10 @@ START_TEST(same_as_without_kvm)
 			one_step();
 		finish();
 	}
-	printf("%s: %lu steps, %lu refused, %lu merged, %lu host-private, %lu adopted, %lu traps, %lu writes by payloads\n",
-	       shape->name, total.steps, total.refused, total.merged, total.host_private, total.adopted, total.traps,
-	       total.guest_writes);
+	printf("%s: %lu steps, %lu refused, %lu merged, %lu host-private, %lu adopted, %lu traps, %lu writes "
+	       "by payloads\n",
+	       shape->name, total.steps, total.refused, total.merged, total.host_private, total.adopted,
+	       total.traps, total.guest_writes);
 	fflush(stdout);
 	if (sequences * steps < 300)
 		return;
@@ -1027,13 +1058,15 @@ int main(void)
 
 	skip_without_kvm();
 	probe();
-	stories = mmap(NULL, COUNT(shapes) * sizeof(*stories), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	stories = mmap(NULL, COUNT(shapes) * sizeof(*stories), PROT_READ | PROT_WRITE,
+		       MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (stories == MAP_FAILED)
 		return EXIT_FAILURE;
 	for (unsigned i = 0; i < COUNT(shapes); i++) {
 		TCase *tc = tcase_create(shapes[i].name);
 
-		tcase_set_timeout(tc, 60 + env_number("KAGE_SEQUENCES", 0) * env_number("KAGE_STEPS", 100) / 10);
+		tcase_set_timeout(tc,
+				  60 + env_number("KAGE_SEQUENCES", 0) * env_number("KAGE_STEPS", 100) / 10);
 		tcase_add_loop_test(tc, same_as_without_kvm, (int)i, (int)i + 1);
 		suite_add_tcase(suite, tc);
 	}

@@ -324,11 +324,14 @@ START_TEST(sixty_four_clones)
 		if (i % 4)
 			ok(vmm_start(clone[i]));
 		stamps_go_on(clone[i], 5);
+		if (i % 8 == 7) /* two cores do not carry all of them for long */
+			for (unsigned j = i - 7; j < i; j++)
+				verify_stamps(clone[j]);
 	}
 	s = stats_of(NULL);
 	same(s.guests, n + 1);
 	ck_assert_uint_lt(s.frames_used, s.pages_mapped); /* most of it is shared */
-	for (i = 0; i < n; i++)
+	for (i = 7; i < n; i += 8)
 		verify_stamps(clone[i]);
 	check_stamps(parent);
 	for (i = 0; i < n; i++)
