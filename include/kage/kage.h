@@ -13,7 +13,9 @@
 #include <kage/notifier.h>
 #include <kage/dirty.h>
 #include <kage/stats.h>
+#if __has_include(<kage/kvm.h>) /* not where the library was built without it */
 #include <kage/kvm.h>
+#endif
 
 KAGE_BEGIN
 
