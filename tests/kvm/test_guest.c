@@ -487,6 +487,102 @@ START_TEST(a_vacated_slot_shows_nobody_elses_bytes)
 }
 END_TEST
 
+/*
+ * Regions side by side: each has its window, so that no run reaches across. What one shows, or traps, is its own.
+ */
+static struct bare pair_bare(const struct kage_region *low, const struct kage_region *high)
+{
+	struct kage_vm *vm;
+
+	struct bare b;
+
+	ok(kage_vm_create(engine, NULL, &vm));
+	ok(kage_vm_map(vm, high));
+	b = attach(vm, KAGE_KVM_NATIVE);
+	ok(kage_vm_map(vm, low)); /* after it: Linux reserves addresses from high to low */
+	audit();
+	return b;
+}
+
+START_TEST(neighbouring_files_show_themselves)
+{
+	const uint64_t len = 128 * MIB, /* whole sections: their frames are neighbours too */
+	    last = len - PAGE;
+	const uint32_t kind = _i ? KAGE_REGION_FOREIGN : KAGE_REGION_FILE;
+	struct kage_region region[2];
+	struct bare b;
+	int fd[2];
+
+	engine_up();
+	for (unsigned i = 0; i < 2; i++) {
+		uint64_t word = 0x1111 * (i + 1);
+
+		fd[i] = memfd_create("region", MFD_CLOEXEC);
+		ok(ftruncate(fd[i], (off_t)len));
+		is(pwrite(fd[i], &word, sizeof(word), 0), sizeof(word));
+		is(pwrite(fd[i], &word, sizeof(word), (off_t)last), sizeof(word));
+		region[i] = *KAGE_CFG(kage_region, .kind = kind, .flags = KAGE_REGION_FD, .fd = fd[i], .gpa = i * len, .len = len);
+	}
+	b = pair_bare(&region[0], &region[1]);
+	for (unsigned i = 0; i < 2; i++) {
+		same(get(&b, i * len), 0x1111 * (i + 1));
+		same(get(&b, i * len + last), 0x1111 * (i + 1));
+		same(read64(b.vm, i * len), 0x1111 * (i + 1));
+		put(&b, i * len + PAGE, i + 1);
+	}
+	ck_assert_int_ge(kage_kvm_reconcile(b.kvm, 0), 0);
+	for (unsigned i = 0; i < 2; i++)
+		same(read64(b.vm, i * len + PAGE), i + 1);
+	audit();
+	free_bare(&b);
+	close(fd[0]);
+	close(fd[1]);
+	engine_down();
+}
+END_TEST
+
+static _Atomic unsigned touched;
+
+static int touch(void *opaque, uint64_t gpa, void *page)
+{
+	atomic_fetch_add(&touched, 1);
+	memset(page, 0x5a, PAGE);
+	return 0;
+}
+
+START_TEST(a_region_that_traps_beside_one_that_does_not)
+{
+	const uint64_t len = 2 * MIB, trapping = _i ? len : 0, other = len - trapping;
+	struct kage_region region[2] = {
+	    *KAGE_CFG(kage_region, .gpa = trapping, .len = len, .flags = KAGE_REGION_TRAP, .touch = touch),
+	    *KAGE_CFG(kage_region, .gpa = other, .len = len)};
+	struct bare b;
+
+	need(has(KAGE_KVM_USERFAULTFD), "no userfaultfd");
+	engine_up();
+	b = pair_bare(&region[_i], &region[1 - _i]);
+	ok(kage_kvm_helper_start(b.kvm));
+	atomic_store(&touched, 0);
+	same(get(&b, other), 0);
+	same(get(&b, other + len - PAGE), 0);
+	is(touched, 0);
+	same(get(&b, trapping), 0x5a5a5a5a5a5a5a5a);
+	same(get(&b, trapping + len - PAGE), 0x5a5a5a5a5a5a5a5a);
+	is(touched, 2);
+	put(&b, other, 7);
+	ck_assert_int_ge(kage_kvm_reconcile(b.kvm, 0), 0);
+	same(read64(b.vm, other), 7);
+	audit();
+	ok(kage_vm_advise(b.vm, 0, 2 * len, KAGE_ADVICE_DISCARD)); /* one run of zeroes, by then */
+	same(get(&b, other), 0);
+	is(touched, 2);
+	same(get(&b, trapping), 0x5a5a5a5a5a5a5a5a);
+	is(touched, 3);
+	free_bare(&b);
+	engine_down();
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("kvm guests");
@@ -502,5 +598,7 @@ int main(void)
 	add_test(suite, a_clone_is_one_instant, each_policy());
 	add_test(suite, a_budget_of_a_thousand_mappings, each_policy());
 	add_test(suite, a_vacated_slot_shows_nobody_elses_bytes, 2);
+	add_test(suite, neighbouring_files_show_themselves, 2);
+	add_test(suite, a_region_that_traps_beside_one_that_does_not, 2);
 	return run(suite);
 }
