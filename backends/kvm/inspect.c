@@ -54,19 +54,12 @@ static int check_part(struct check *c, const struct window *w, const struct scan
 {
 	gfn_t at = gfn_add(w->gfn, (from - (uintptr_t)w->hva) >> PAGE_SHIFT);
 	gfn_t end = gfn_add(w->gfn, (to - (uintptr_t)w->hva) >> PAGE_SHIFT);
+	struct run piece;
 	int r = 0;
 
-	while (r == 0 && at.v < end.v) {
-		const struct run *run = runs_from(&c->k->runs, at);
-		struct run piece;
+	while (r == 0 && runs_piece(&c->k->runs, at, end, &piece)) {
 		bool same;
 
-		if (!run || run->gfn.v >= end.v)
-			return 0;
-		piece = *run;
-		piece.gfn = GFN(MAX(run->gfn.v, at.v));
-		piece.npages = MIN(run_end(run).v, end.v) - piece.gfn.v;
-		piece.pfn = run_pfn(run, piece.gfn);
 		at = run_end(&piece);
 		same = same_memory(c->k, &piece, map, (uintptr_t)window_hva(w, piece.gfn));
 		c->pages += piece.npages;

@@ -259,12 +259,6 @@ static bool page_want(const struct kage_kvm *k, gfn_t gfn, struct run *w)
 	return reg != NULL;
 }
 
-static bool piece_joins(const struct run *a, const struct run *b)
-{
-	return a->npages && run_end(a).v == b->gfn.v && a->kind == b->kind &&
-	       (a->kind == RUN_ZERO || a->pfn.v + a->npages == b->pfn.v);
-}
-
 static int piece_flush(struct kage_kvm *k, struct run *piece, int64_t *pages)
 {
 	int r;
@@ -295,13 +289,14 @@ int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end)
 			continue;
 		}
 		want.npages = MIN(MIN(want.npages, end.v - start.v), w->gfn.v + w->npages - start.v);
+		want.hva = window_hva(w, start);
 		if (cur)
 			want.npages = MIN(want.npages, run_end(cur).v - start.v);
 		start = run_end(&want);
 		if (want.kind == RUN_KEEP ||
 		    (cur && cur->kind == want.kind && pfn_eq(run_pfn(cur, want.gfn), want.pfn)))
 			continue;
-		if (piece_joins(&piece, &want) && window_find(k, piece.gfn) == w) {
+		if (runs_join(&k->runs, &piece, &want)) {
 			piece.npages += want.npages;
 			continue;
 		}
@@ -380,21 +375,20 @@ static int stretch_call(struct kage_kvm *k, const struct stretch *s, stretch_fn 
 static int each_stretch(struct kage_kvm *k, gfn_t start, gfn_t end, stretch_fn *fn)
 {
 	struct stretch s = { .npages = 0 };
+	struct run run;
 	int r = 0;
 
-	while (r == 0 && start.v < end.v) {
-		const struct run *run = runs_from(&k->runs, start);
-		const struct window *w = run ? window_find(k, run->gfn) : NULL;
-		struct stretch next;
+	while (r == 0 && runs_piece(&k->runs, start, end, &run)) {
+		const struct window *w = window_find(k, run.gfn);
+		struct stretch next = {
+		    .gfn = run.gfn,
+		    .npages = run.npages,
+		    .mode = mirror_mode(k, &run),
+		    .zero = run.kind == RUN_ZERO,
+		    .exact = k->mirror.exact && run.kind == RUN_PRIVATE,
+		};
 
-		if (!run || run->gfn.v >= end.v)
-			break;
-		next.gfn = GFN(MAX(run->gfn.v, start.v));
-		next.npages = MIN(run_end(run).v, end.v) - next.gfn.v;
-		next.mode = mirror_mode(k, run);
-		next.zero = run->kind == RUN_ZERO;
-		start = gfn_add(next.gfn, next.npages);
-		next.exact = k->mirror.exact && run->kind == RUN_PRIVATE;
+		start = run_end(&run);
 		if (s.npages && window_find(k, s.gfn) == w && stretch_grow(&s, &next))
 			continue;
 		r = stretch_call(k, &s, fn);

@@ -64,20 +64,6 @@ static void compare_range(struct kage_kvm *k, const struct run *piece, struct fo
 			found_run(f, kvm_hva(k, g), kvm_hva(k, g) + PAGE_SIZE);
 }
 
-/* The part of the run from `at` on that lies before `end`; false: none is left. */
-static bool piece_from(const struct kage_kvm *k, gfn_t at, gfn_t end, struct run *piece)
-{
-	const struct run *run = at.v < end.v ? runs_from(&k->runs, at) : NULL;
-
-	if (!run || run->gfn.v >= end.v)
-		return false;
-	piece->gfn = GFN(MAX(run->gfn.v, at.v));
-	piece->npages = MIN(run_end(run).v, end.v) - piece->gfn.v;
-	piece->pfn = run_pfn(run, piece->gfn);
-	piece->kind = run->kind;
-	return true;
-}
-
 /*
  * What may have diverged from `at` on, as one piece of one window: SHARED runs cannot, but
  * asking the kernel about short ones too is cheaper than asking twice.
@@ -88,14 +74,14 @@ static bool suspects_from(const struct kage_kvm *k, gfn_t at, gfn_t end, struct 
 	struct run piece;
 	gfn_t last;
 
-	while (piece_from(k, at, end, s) && s->kind == RUN_SHARED)
+	while (runs_piece(&k->runs, at, end, s) && s->kind == RUN_SHARED)
 		at = run_end(s);
-	if (!piece_from(k, at, end, s))
+	if (!runs_piece(&k->runs, at, end, s))
 		return false;
 	w = window_find(k, s->gfn);
 	end = GFN(MIN(end.v, w->gfn.v + w->npages));
 	last = run_end(s);
-	for (at = last; piece_from(k, at, end, &piece) && piece.gfn.v == at.v; at = run_end(&piece)) {
+	for (at = last; runs_piece(&k->runs, at, end, &piece) && piece.gfn.v == at.v; at = run_end(&piece)) {
 		if (piece.kind == RUN_SHARED && piece.npages >= BLOCK_PAGES)
 			break;
 		if (piece.kind != RUN_SHARED)
@@ -127,7 +113,7 @@ static void range_diverged(struct kage_kvm *k, gfn_t start, unsigned npages, uin
 		f.base = kvm_hva(k, s.gfn) - ((s.gfn.v - start.v) << PAGE_SHIFT);
 		compare |= scan_failed(k, scan_private(&k->features, kvm_hva(k, s.gfn), s.npages << PAGE_SHIFT, found_run, &f));
 	}
-	for (gfn_t at = start; piece_from(k, at, end, &s); at = run_end(&s)) {
+	for (gfn_t at = start; runs_piece(&k->runs, at, end, &s); at = run_end(&s)) {
 		f.base = kvm_hva(k, s.gfn) - ((s.gfn.v - start.v) << PAGE_SHIFT);
 		if (s.kind == RUN_SHARED)
 			for (uint64_t i = s.gfn.v - start.v; i < run_end(&s).v - start.v; i++)

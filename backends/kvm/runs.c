@@ -171,6 +171,26 @@ const struct run *runs_find(const struct runs *r, gfn_t gfn)
 	return run && run->gfn.v <= gfn.v ? run : NULL;
 }
 
+/* What is left of a run from a page of its own on. */
+static struct run run_from(const struct run *run, gfn_t gfn)
+{
+	uint64_t skip = gfn.v - run->gfn.v;
+
+	return (struct run){.gfn = gfn, .npages = run->npages - skip, .pfn = run_pfn(run, gfn), .kind = run->kind,
+			    .hva = run->hva + (skip << PAGE_SHIFT)};
+}
+
+bool runs_piece(const struct runs *r, gfn_t at, gfn_t end, struct run *piece)
+{
+	const struct run *run = at.v < end.v ? runs_from(r, at) : NULL;
+
+	if (!run || run->gfn.v >= end.v)
+		return false;
+	*piece = run_from(run, GFN(MAX(run->gfn.v, at.v)));
+	piece->npages = MIN(piece->npages, end.v - piece->gfn.v);
+	return true;
+}
+
 /* -- changing ------------------------------------------------------------------------- */
 
 static void leaf_insert(struct runs *r, unsigned at, struct run_leaf *l)
@@ -243,8 +263,7 @@ static void runs_cut(struct runs *r, gfn_t gfn)
 
 	if (!run || run->gfn.v >= gfn.v)
 		return;
-	tail = (struct run){
-	    .gfn = gfn, .npages = run_end(run).v - gfn.v, .pfn = run_pfn(run, gfn), .kind = run->kind, .hva = run->hva + ((gfn.v - run->gfn.v) << PAGE_SHIFT)};
+	tail = run_from(run, gfn);
 	run->npages -= tail.npages;
 	p.at++;
 	run_insert(r, p, &tail);
@@ -267,17 +286,14 @@ void runs_clear(struct runs *r, gfn_t gfn, uint64_t npages)
 	}
 }
 
-static bool runs_join(const struct run *a, const struct run *b)
+bool runs_join(const struct runs *r, const struct run *a, const struct run *b)
 {
-	return run_end(a).v == b->gfn.v && a->kind == b->kind &&
-	       a->hva + (a->npages << PAGE_SHIFT) == b->hva &&
-	       (a->kind == RUN_ZERO || a->pfn.v + a->npages == b->pfn.v);
-}
-
-/* Frames that lie side by side may belong to extents that do not go together. */
-static bool same_extent(const struct runs *r, const struct run *a, const struct run *b)
-{
-	return a->kind == RUN_ZERO || pool_extent(r->pool, a->pfn) == pool_extent(r->pool, b->pfn);
+	if (!a->npages || run_end(a).v != b->gfn.v || a->kind != b->kind || a->hva + (a->npages << PAGE_SHIFT) != b->hva)
+		return false;
+	if (a->kind == RUN_ZERO)
+		return true;
+	/* Frames that lie side by side may belong to extents that do not go together. */
+	return a->pfn.v + a->npages == b->pfn.v && pool_extent(r->pool, a->pfn) == pool_extent(r->pool, b->pfn);
 }
 
 void runs_set(struct runs *r, const struct run *run)
@@ -288,14 +304,14 @@ void runs_set(struct runs *r, const struct run *run)
 
 	runs_clear(r, one.gfn, one.npages);
 	other = run_at(r, place_of(r, run_end(&one)));
-	if (other && runs_join(&one, other) && same_extent(r, &one, other)) {
+	if (other && runs_join(r, &one, other)) {
 		one.npages += other->npages;
 		run_remove(r, place_of(r, other->gfn));
 	}
 	if (one.gfn.v > 0) {
 		p = place_of(r, GFN(one.gfn.v - 1));
 		other = run_at(r, p);
-		if (other && runs_join(other, &one) && same_extent(r, other, &one)) {
+		if (other && runs_join(r, other, &one)) {
 			other->npages += one.npages;
 			return;
 		}

@@ -67,6 +67,11 @@ void runs_set(struct runs *r, const struct run *run);
 /* Nothing is mapped in [gfn, + npages) any more. Memory has been reserved. */
 void runs_clear(struct runs *r, gfn_t gfn, uint64_t npages);
 
+/* The part of the first run from `at` on that lies before `end`. */
+bool runs_piece(const struct runs *r, gfn_t at, gfn_t end, struct run *piece);
+/* Two that follow one another are one run: R1. `b` is not empty; an empty `a` joins nothing. */
+bool runs_join(const struct runs *r, const struct run *a, const struct run *b);
+
 static inline gfn_t run_end(const struct run *r) { return gfn_add(r->gfn, r->npages); }
 /* What the run has at a page of its own. */
 static inline pfn_t run_pfn(const struct run *r, gfn_t gfn)

@@ -38,18 +38,6 @@
 /* Inner outcome: look again. Never leaves this file. */
 #define FAULT_AGAIN 1000
 
-static int frame_alloc(struct mm *mm, gfn_t gfn, unsigned flags, pfn_t *out)
-{
-	struct pool *pool = mm->host->pool;
-	int r = arena_alloc(pool, mm->domain, 0, FRAME_PRIVATE, flags, out);
-
-	if (r)
-		return r;
-	layer_use(mm->layer);
-	atomic_store_explicit(&pfn_frame(pool, *out)->where, frame_where(mm->layer->id, gfn), memory_order_relaxed);
-	return 0;
-}
-
 /* -- COW break ----------------------------------------------------------------- */
 
 struct cow {
@@ -70,7 +58,7 @@ static int cow_prepare(struct change *c)
 	pfn_t from = entry_pfn(w->old);
 	bool hole = pfn_is_zero(from);
 	pfn_t copy;
-	int r = frame_alloc(mm, w->gfn, hole ? ARENA_ZERO : 0, &copy);
+	int r = layer_frame(mm, w->gfn, hole ? ARENA_ZERO : 0, &copy);
 
 	if (r)
 		return r;
@@ -266,7 +254,7 @@ static int fill_arena(struct mm *mm, struct mm_fault *f, const struct region *re
 	struct pool *pool = mm->host->pool;
 	struct table_locked w;
 	pfn_t pfn;
-	int r = frame_alloc(mm, f->gfn, ARENA_ZERO, &pfn);
+	int r = layer_frame(mm, f->gfn, ARENA_ZERO, &pfn);
 
 	if (r)
 		return r;

@@ -196,3 +196,15 @@ bool layer_above(const struct layer *l, const struct mm *mm)
 			return true;
 	return false;
 }
+
+int layer_frame(struct mm *mm, gfn_t gfn, unsigned flags, pfn_t *out)
+{
+	struct pool *pool = mm->host->pool;
+	int r = arena_alloc(pool, mm->domain, 0, FRAME_PRIVATE, flags, out);
+
+	if (r)
+		return r;
+	layer_use(mm->layer);
+	atomic_store_explicit(&pfn_frame(pool, *out)->where, frame_where(mm->layer->id, gfn), memory_order_relaxed);
+	return 0;
+}

@@ -46,6 +46,9 @@ static inline void layer_use(struct layer *l)
 		atomic_store_explicit(&l->used, true, memory_order_relaxed);
 }
 
+/* A frame of the common arena for a page of the mm, private to it. `flags` and errors are those of arena_alloc(). */
+int layer_frame(struct mm *mm, gfn_t gfn, unsigned flags, pfn_t *out);
+
 struct layer_table;
 int layer_table_init(struct host *h);
 void layer_table_finish(struct host *h);

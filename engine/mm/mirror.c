@@ -151,18 +151,6 @@ struct adopt {
 	unsigned taken;		    /* targets below this index have been claimed */
 };
 
-static int arena_frame(struct mm *mm, gfn_t gfn, pfn_t *out)
-{
-	struct pool *pool = mm->host->pool;
-	int r = arena_alloc(pool, mm->domain, 0, FRAME_PRIVATE, ARENA_ZERO, out);
-
-	if (r)
-		return r;
-	layer_use(mm->layer);
-	atomic_store_explicit(&pfn_frame(pool, *out)->where, frame_where(mm->layer->id, gfn), memory_order_relaxed);
-	return 0;
-}
-
 /* The page's home slot, if it is vacant: what heals the mapping. */
 static bool home_frame(struct mm *mm, const struct region *reg, gfn_t gfn, pfn_t *out)
 {
@@ -207,7 +195,7 @@ static int adopt_target(struct adopt *a, unsigned i)
 		return 0;
 	}
 	if (trap || !home_frame(mm, reg, gfn, &a->to[i]))
-		r = arena_frame(mm, gfn, &a->to[i]);
+		r = layer_frame(mm, gfn, ARENA_ZERO, &a->to[i]);
 	if (r)
 		return r;
 	a->taken = i + 1;
