@@ -147,8 +147,15 @@ tally() {
 		failed += bad
 		passed += cases > bad ? cases - bad : 0
 		print "FAILED: " name " (" result "), see " build "/meson-logs/testlog.txt" > "/dev/stderr"
+		# What it said last of the why: assertions of Check, findings of the audit, lines of scripts.
+		for (i = count; i > 0 && said < 12; i--)
+			if (line[i] ~ /:[FE]:[A-Za-z_0-9]+:|^(FAIL|FAILED|audit|engine):|Sanitizer/)
+				why[++said] = substr(line[i], 1, 300)
+		for (; said > 0; said--)
+			print "    " why[said] > "/dev/stderr"
 	}
 	END { print passed + 0, failed + 0, skipped + 0 }' "$1/meson-logs/testlog.json" 2>"$build/run.tally")
+	grep -A 12 '^FAILED: ' "$build/run.tally"
 	sed "s/^/  /" "$build/run.tally" >>"$build/run.notes"
 	rm -f "$build/run.tally"
 	# shellcheck disable=SC2086
