@@ -102,7 +102,8 @@ int trap_serve(struct kage_kvm *k, struct notify_reader *reader, gfn_t gfn, uint
 	int r;
 
 	for (;;) {
-		struct mm_fault f = {.gfn = gfn, .access = access, .reader = reader};
+		/* The vCPU is woken before mm_fault() returns: its write would be marked by KVM, and here once more, later. */
+		struct mm_fault f = {.gfn = gfn, .access = access, .reader = reader, .logged = true};
 
 		notify_read_begin(reader, gfn, gfn_add(gfn, 1));
 		r = mm_fault(k->mm, &f);

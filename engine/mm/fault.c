@@ -378,7 +378,7 @@ static int fault_finish(struct mm *mm, struct mm_fault *f, const struct region *
 		f->prot &= ~(uint32_t)KAGE_WRITE;
 	f->foreign = reg->kind == KAGE_REGION_FOREIGN || mm->mirror;
 	f->zero = pfn_is_zero(f->pfn);
-	if (f->access & KAGE_WRITE)
+	if (f->access & KAGE_WRITE && !f->logged)
 		mm_mark_dirty(mm, f->gfn, 1);
 	return KAGE_OK;
 }

@@ -202,6 +202,7 @@ struct mm_fault {
 	gfn_t gfn;
 	uint32_t access;              /* KAGE_READ | WRITE | EXEC; 0: none in particular (no protection is checked) */
 	bool unshare;                 /* the frame must become exclusive (pin, unmerge), as for a write, without being dirtied */
+	bool logged;                  /* whoever writes keeps a log of its own, from which the write is harvested */
 	struct notify_reader *reader; /* in a section that covers gfn; its own change does not hit it. May be NULL */
 	const void *owner;
 	/* out, with KAGE_OK (mm_fault) */
@@ -216,7 +217,7 @@ struct mm_fault {
  * Makes a page present with the access asked for. KAGE_OK, KAGE_RETRY (raced;
  * call again, with a new section if there is a reader), KAGE_MMIO, KAGE_WAIT,
  * -EFAULT (poison), -ENOMEM, -ETIMEDOUT, -EDEADLK or what the region's touch returned.
- * Takes mm->range for reading. With WRITE the page is marked dirty before return.
+ * Takes mm->range for reading. With WRITE the page is marked dirty before return, unless it is logged.
  */
 int mm_fault(struct mm *mm, struct mm_fault *f);
 /* The same with mm->range held for reading by the caller. */

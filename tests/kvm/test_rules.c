@@ -1000,6 +1000,37 @@ START_TEST(rule_7_the_log_is_what_the_guest_wrote)
 }
 END_TEST
 
+/* KVM logs what vCPUs write. That a write of the VMM's own thread trapped does not put it into the log beside. */
+START_TEST(rule_7_pointers_are_marked_by_who_writes)
+{
+	uint8_t logged[64];
+	struct kage_dirty *log;
+	struct kage_vm *idle;
+	struct bare a;
+	uint64_t i;
+
+	engine_up();
+	a = new_bare(SMALL, policies[_i]);
+	for (i = 0; i < COUNT(logged); i++)
+		put(&a, i * PAGE, i + 1);
+	ok(kage_vm_clone(a.vm, NULL, &idle)); /* so that under exact policy each first write traps */
+	ok(kage_dirty_open(a.vm, KAGE_CFG(kage_dirty_config, .flags = KAGE_DIRTY_FINE), &log));
+	for (i = 0; i < COUNT(logged); i++)
+		put(&a, i * PAGE, i + 100);
+	ok(kage_kvm_sync_dirty(a.kvm));
+	is(harvest(log, 0, COUNT(logged), logged), 0);
+	ok(kage_vm_mark_dirty(a.vm, 5 * PAGE, 2 * PAGE));
+	is(harvest(log, 0, COUNT(logged), logged), 2);
+	same(logged[5] + logged[6], 2);
+	for (i = 0; i < COUNT(logged); i++)
+		same(read64(idle, i * PAGE), i + 1);
+	kage_dirty_close(log);
+	ok(kage_vm_destroy(idle));
+	free_bare(&a);
+	engine_down();
+}
+END_TEST
+
 static bool rings(void)
 {
 	int fd = new_kvm();
@@ -1233,6 +1264,7 @@ int main(void)
 	add_test(suite, rule_6_no_write_is_lost_when_mappings_are_scarce, each_policy());
 	add_test(suite, rule_6_no_write_is_lost_by_pausing, 1);
 	add_test(suite, rule_7_the_log_is_what_the_guest_wrote, each_policy());
+	add_test(suite, rule_7_pointers_are_marked_by_who_writes, each_policy());
 	add_test(suite, rule_7_rings_too, each_policy());
 	add_test(suite, rule_8_pinned_pages_stay, each_policy());
 	add_test(suite, rule_8_external_memory_stays, each_policy());
