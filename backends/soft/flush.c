@@ -25,11 +25,9 @@ static int flush_all(struct kage_vcpu *v)
 }
 
 /* SDM vol. 2, INVPCID: types 0 and 1 take a PCID other than 0 only with CR4.PCIDE. */
-static int flush_asid(struct kage_vcpu *v, uint64_t asid)
+static bool asid_valid(const struct kage_vcpu *v, uint64_t asid)
 {
-	if (asid > 0xfff || (asid && !(v->regs.cr4 & CR4_PCIDE)))
-		return -EINVAL;
-	return flush_all(v);
+	return asid <= 0xfff && (!asid || (v->regs.cr4 & CR4_PCIDE));
 }
 
 static int flush_cr3(struct kage_vcpu *v, uint64_t value)
@@ -70,7 +68,10 @@ int kage_vcpu_flush(struct kage_vcpu *v, const struct kage_flush *flush)
 		r = flush_page(v, f.gva);
 		break;
 	case KAGE_FLUSH_ASID:
-		r = flush_asid(v, f.asid);
+		r = asid_valid(v, f.asid) ? flush_all(v) : -EINVAL;
+		break;
+	case KAGE_FLUSH_PAGE_ASID:
+		r = asid_valid(v, f.asid) ? flush_page(v, f.gva) : -EINVAL;
 		break;
 	case KAGE_FLUSH_CR3:
 		r = flush_cr3(v, f.value);

@@ -20,6 +20,7 @@ KAGE_BEGIN
 
 enum kage_arch {
 	KAGE_ARCH_X86 = 1,
+	KAGE_ARCH_ARM64 = 2,
 };
 
 /** CPU features that change translation (x86). */
@@ -33,12 +34,40 @@ enum kage_x86_feature {
 	KAGE_X86_PKU = 1u << 6,
 };
 
+/** CPU features that change translation (arm64). Those a CPU always has are not listed. */
+enum kage_arm64_feature {
+	KAGE_ARM64_HAF = 1u << 0,     /**< FEAT_HAFDBS: hardware sets the access flag where TCR_EL1.HA says so */
+	KAGE_ARM64_HD = 1u << 1,      /**< FEAT_HAFDBS: and dirty state (DBM) where TCR_EL1.HD says so, with HA */
+	KAGE_ARM64_PAN = 1u << 2,     /**< FEAT_PAN: PSTATE.PAN */
+	KAGE_ARM64_EPAN = 1u << 3,    /**< FEAT_PAN3: SCTLR_EL1.EPAN */
+	KAGE_ARM64_HPDS = 1u << 4,    /**< FEAT_HPDS: TCR_EL1.HPD0 and HPD1 switch table attributes off */
+	KAGE_ARM64_LVA = 1u << 5,     /**< 52-bit virtual addresses with 64K granules */
+	KAGE_ARM64_LPA = 1u << 6,     /**< 52-bit physical addresses with 64K granules */
+	KAGE_ARM64_LPA2 = 1u << 7,    /**< 52-bit both with 4K and 16K granules (TCR_EL1.DS) */
+	KAGE_ARM64_ASID16 = 1u << 8,  /**< 16-bit ASIDs */
+	KAGE_ARM64_TTST = 1u << 9,    /**< FEAT_TTST: small tables, TxSZ up to 48 (47 for 64K) */
+	KAGE_ARM64_GRAN16 = 1u << 10, /**< 16K granule implemented */
+	KAGE_ARM64_GRAN64 = 1u << 11, /**< 64K granule implemented */
+};
+
 /** x86 state that takes part in translation. */
 struct kage_x86_regs {
 	uint64_t cr0, cr3, cr4, efer;
 	uint64_t rflags; /**< only AC (bit 18) counts */
 	uint32_t cpl;    /**< 0 to 3 */
 	uint32_t pkru;
+};
+
+/**
+ * arm64 state that takes part in translation: EL1&0, stage 1. Bits that are not named are ignored, as are those of
+ * features that the vCPU lacks. Where the architecture leaves a choice: a reserved or missing granule is 4K; a TxSZ
+ * out of range gives translation faults of Arm's level 0; IPS above what there is counts as the largest.
+ */
+struct kage_arm64_regs {
+	uint64_t sctlr;        /**< SCTLR_EL1: M, WXN, EPAN; EE (big endian tables) must be 0 */
+	uint64_t tcr;          /**< TCR_EL1: T0SZ, T1SZ, EPD, A1, TG, IPS, AS, TBI, HA, HD, HPD, DS */
+	uint64_t ttbr0, ttbr1; /**< TTBRn_EL1: address, ASID */
+	uint64_t pstate;       /**< EL (bits 3:2: 0 or 1), PAN (bit 22) */
 };
 
 /** Layout version of everything inline in this header; kage_vcpu_create() compares it. */
@@ -49,8 +78,16 @@ struct kage_vcpu_config {
 	/** KAGE_VCPU_ABI, or 0 for a caller that uses none of the inline functions. */
 	uint32_t abi;
 	uint32_t arch;      /**< enum kage_arch; 0: KAGE_ARCH_X86 */
-	uint32_t phys_bits; /**< guest physical address bits the CPU has, 36 to 52; 0: 46 */
-	uint32_t features;  /**< enum kage_x86_feature; 0: NX | PAGE1GB | SMEP | SMAP | PCID */
+	/**
+	 * Guest physical address bits the CPU has. x86: 36 to 52; 0: 46. arm64: 32, 36, 40, 42, 44, 48, or 52 (with
+	 * LPA or LPA2); 0: 48.
+	 */
+	uint32_t phys_bits;
+	/**
+	 * enum kage_x86_feature; 0: NX | PAGE1GB | SMEP | SMAP | PCID. Or enum kage_arm64_feature; 0: HAF | HD | PAN |
+	 * HPDS | ASID16 | GRAN16 | GRAN64.
+	 */
+	uint32_t features;
 	/** log2 of the entries of the TLB, 9 to 20; 0: 14. An entry maps 4 KiB and takes 32 bytes, once used. */
 	uint32_t tlb_bits;
 	/**
@@ -68,9 +105,15 @@ struct kage_fault {
 	uint64_t gva;    /**< first byte that faulted */
 	uint64_t gpa;    /**< KAGE_MMIO, KAGE_WAIT and KAGE_OK of translate: its guest physical address */
 	uint32_t access; /**< what was asked (enum kage_access) */
-	uint32_t vector; /**< KAGE_GUEST_FAULT, x86: 14 (#PF), 13 (#GP: not canonical) */
-	uint32_t error;  /**< x86 error code */
-	uint32_t level;  /**< level of the guest entry that decided, leaf is 0; translate: page size level */
+	/**
+	 * KAGE_GUEST_FAULT. x86: 14 (#PF), 13 (#GP: not canonical). arm64: the exception class (ESR_ELx.EC): 0x20 or
+	 * 0x21 instruction abort, 0x24 or 0x25 data abort, from EL0 or from EL1.
+	 */
+	uint32_t vector;
+	/** x86: error code. arm64: ESR_ELx.ISS, of which FSC (bits 5:0) and WnR (bit 6) are filled. */
+	uint32_t error;
+	/** Level of the guest entry that decided, leaf is 0 (arm64: 3 less Arm's level); translate: page size level. */
+	uint32_t level;
 	uint64_t done;   /**< bytes that were transferred before the fault */
 	uint64_t reserved;
 };
@@ -117,7 +160,14 @@ KAGE_API int kage_vcpu_create(struct kage_vm *vm, const struct kage_vcpu_config 
 KAGE_API void kage_vcpu_destroy(struct kage_vcpu *vcpu);
 
 /**
- * Sets the registers (x86: struct kage_x86_regs, `size` its size). A CR3 value
+ * Sets the registers (x86: struct kage_x86_regs, arm64: struct kage_arm64_regs,
+ * `size` its size).
+ *
+ * arm64: nothing is flushed but what the architecture promises to see at once;
+ * a switch of TTBRn or ASID finds what earlier use has left. -EINVAL: an EL
+ * above 1; -EOPNOTSUPP: EE.
+ *
+ * x86: A CR3 value
  * other than the present one counts as a MOV to CR3 with the flushes that has;
  * changes of CR0.PG, CR4.PGE, PAE, PCIDE, SMEP, LA57 and EFER.NXE flush as the
  * manual says (Intel SDM vol. 3A, 4.10.4). Returns KAGE_OK or -EINVAL (a
@@ -131,11 +181,14 @@ KAGE_API void kage_vcpu_enter(struct kage_vcpu *vcpu);
 /** Closes it. Also tells the engine that this vCPU is idle: call it before the thread sleeps. */
 KAGE_API void kage_vcpu_leave(struct kage_vcpu *vcpu);
 
+/** For arm64, the inner shareable forms of TLBI: one vCPU of the guest makes the call for all. */
 enum kage_flush_kind {
-	KAGE_FLUSH_ALL = 0,  /**< everything, global pages too */
-	KAGE_FLUSH_PAGE = 1, /**< INVLPG: `gva`, in all address spaces */
-	KAGE_FLUSH_ASID = 2, /**< x86 INVPCID type 1: `asid` is the PCID */
-	KAGE_FLUSH_CR3 = 3,  /**< MOV to CR3 of `value`, bit 63 included when CR4.PCIDE is set */
+	KAGE_FLUSH_ALL = 0,  /**< everything, global pages too. arm64: TLBI VMALLE1 */
+	KAGE_FLUSH_PAGE = 1, /**< INVLPG: `gva`, in all address spaces. arm64: TLBI VAAE1 */
+	KAGE_FLUSH_ASID = 2, /**< x86 INVPCID type 1: `asid` is the PCID. arm64: TLBI ASIDE1 */
+	/** x86: MOV to CR3 of `value`, bit 63 included when CR4.PCIDE is set. Not for arm64 (kage_vcpu_set_regs()). */
+	KAGE_FLUSH_CR3 = 3,
+	KAGE_FLUSH_PAGE_ASID = 4, /**< `gva` in one address space. x86 INVPCID type 0; arm64: TLBI VAE1 */
 };
 
 struct kage_flush {

@@ -58,6 +58,7 @@ FIRST(kage_vcpu_config, 40);
 AT(kage_vcpu_config, code_written, 24);
 AT(kage_vcpu_config, opaque, 32);
 SIZE(kage_x86_regs, 48);
+SIZE(kage_arm64_regs, 40);
 SIZE(kage_fault, 48);
 AT(kage_fault, gva, 0);
 AT(kage_fault, gpa, 8);

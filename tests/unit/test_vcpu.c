@@ -448,6 +448,11 @@ START_TEST(test_pcid)
 			 KAGE_OK);
 	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ASID, .asid = 4096)),
 			 -EINVAL);
+	ck_assert_int_eq(
+	    kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_PAGE_ASID, .asid = 4096)), -EINVAL);
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_PAGE_ASID,
+							 .gva = 0x400000, .asid = 1)),
+			 KAGE_OK);
 	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = 9)), -EINVAL);
 	g.regs.cr4 &= ~(1ull << 17);
 	ck_assert_int_eq(guest_set_regs(&g), KAGE_OK);
