@@ -57,6 +57,8 @@ find_missing() {
 	needed=$missing
 	# Without these, tests skip.
 	need qemu-system-x86_64 qemu-system-x86
+	need qemu-system-aarch64 qemu-system-arm
+	need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
 	need spin spin
 	have llvm-symbolizer || missing="$missing llvm"
 	if ! have clang; then

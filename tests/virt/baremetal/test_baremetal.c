@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * The reference walker (tests/model) against a CPU that somebody else wrote:
- * QEMU's TCG boots the bare-metal guest beside this file, which tries each
- * case of cases.h and reports; each report must be what the reference says.
+ * QEMU's TCG boots the bare-metal guests beside this file, which try each case
+ * of cases.h (4-level paging) and of cases32.h (32-bit and PAE) and report;
+ * each report must be what the reference says.
  *
  * Two things are not compared, because TCG differs from the manual or the
  * manual leaves them open:
@@ -11,23 +12,18 @@
  *  - P in the error code of a reserved-bit fault: vol. 3A 4.7 has RSVD only
  *    together with P; TCG reports RSVD alone (target/i386, do_fault_rsvd).
  *
- * usage: test_baremetal QEMU IMAGE; exits 77 (skipped) if either is missing.
+ * usage: test_baremetal QEMU IMAGE IMAGE32; exits 77 (skipped) if one is missing.
  */
-#include <errno.h>
-#include <poll.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "cases.h"
+#include "cases32.h"
+#include "qemu.h"
 #include "x86_reference.h"
 
-#define SKIPPED 77
-#define TIMEOUT_MS 60000
 #define OUTPUT_MAX (CASES * 64ul + 4096)
 #define ERROR_P 1u
 #define ERROR_RSVD 8u
@@ -35,86 +31,14 @@
 
 /* -- QEMU ----------------------------------------------------------------- */
 
-static pid_t start_qemu(const char *qemu, const char *image, int *from)
+/* The guest leaves by isa-debug-exit with code 0, which QEMU makes 1. */
+static char *run_guest(char *qemu, char *image)
 {
-	int fds[2];
-	pid_t pid;
+	char *argv[] = { qemu, "-accel", "tcg", "-cpu", "max", "-machine", "pc", "-m", "64", "-nodefaults",
+			 "-no-reboot", "-display", "none", "-debugcon", "stdio", "-device",
+			 "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel", image, NULL };
 
-	if (pipe(fds))
-		return -1;
-	pid = fork();
-	if (pid == 0) {
-		dup2(fds[1], STDOUT_FILENO);
-		close(fds[0]);
-		close(fds[1]);
-		execlp(qemu, qemu, "-accel", "tcg", "-cpu", "max", "-machine", "pc", "-m", "64",
-		       "-nodefaults", "-no-reboot", "-display", "none", "-debugcon", "stdio", "-device",
-		       "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel", image, (char *)NULL);
-		_exit(127);
-	}
-	close(fds[1]);
-	*from = fds[0];
-	return pid;
-}
-
-static long now_ms(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
-
-/* Everything until end of file; false at the deadline. */
-static bool read_all(int fd, char *buf, size_t size)
-{
-	long deadline = now_ms() + TIMEOUT_MS;
-	size_t n = 0;
-
-	for (;;) {
-		struct pollfd p = { .fd = fd, .events = POLLIN };
-		long left = deadline - now_ms();
-		ssize_t r;
-
-		if (left <= 0 || n + 1 >= size || (poll(&p, 1, left) < 0 && errno != EINTR))
-			return false;
-		if (!p.revents)
-			continue;
-		r = read(fd, buf + n, size - 1 - n);
-		if (r < 0 && errno == EINTR)
-			continue;
-		if (r <= 0) {
-			buf[n] = 0;
-			return r == 0;
-		}
-		n += r;
-	}
-}
-
-/* Runs the guest; its output, or NULL. The guest leaves by isa-debug-exit with code 0, which QEMU makes 1. */
-static char *run_guest(const char *qemu, const char *image)
-{
-	char *out = calloc(1, OUTPUT_MAX);
-	int from, status;
-	pid_t pid = out ? start_qemu(qemu, image, &from) : -1;
-	bool whole;
-
-	if (pid < 0) {
-		free(out);
-		return NULL;
-	}
-	whole = read_all(from, out, OUTPUT_MAX);
-	close(from);
-	if (!whole)
-		kill(pid, SIGKILL);
-	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
-		;
-	if (whole && WIFEXITED(status) && WEXITSTATUS(status) == 1)
-		return out;
-	fprintf(stderr, "%s: %s, wait status %x, output: %.200s\n", qemu,
-		whole ? "ended" : "timed out or too long", status, out);
-	free(out);
-	return NULL;
+	return qemu_run(argv, 1, OUTPUT_MAX);
 }
 
 /* -- what the reference says ---------------------------------------------- */
@@ -201,6 +125,87 @@ static struct report expect(unsigned number, unsigned phys_bits, unsigned cpu)
 	return e;
 }
 
+/* The tables of a case of 32-bit or PAE paging: PTEs, PDEs, PDPTEs. */
+static bool read_word(void *arg, uint64_t gpa, uint64_t *value)
+{
+	uint64_t (*tables)[512] = arg;
+
+	if (gpa < TABLE(0) || gpa >= TABLE(3))
+		return false;
+	*value = tables[(gpa - TABLE(0)) >> 12][(gpa & 0xfff) / 8];
+	return true;
+}
+
+static bool write_word(void *arg, uint64_t gpa, uint64_t value)
+{
+	uint64_t (*tables)[512] = arg;
+
+	tables[(gpa - TABLE(0)) >> 12][(gpa & 0xfff) / 8] = value;
+	return true;
+}
+
+/* The word an entry is in, and how far up. */
+static uint64_t *entry32_at(const struct pf_case32 *c, uint64_t tables[3][512], unsigned level, unsigned *shift)
+{
+	unsigned i = CASE32_ADDR >> case32_shift(c, level);
+
+	*shift = c->pae ? 0 : 32 * (i & 1);
+	return &tables[level][c->pae ? i & 511 : (i & 1023) / 2];
+}
+
+static void fill_tables32(const struct pf_case32 *c, uint64_t tables[3][512])
+{
+	unsigned shift;
+
+	memset(tables, 0, 3 * sizeof(tables[0]));
+	for (unsigned level = c->leaf; level < 2; level++)
+		*entry32_at(c, tables, level, &shift) |=
+			((level == c->leaf ? CASE_PAGE : TABLE(0)) | c->bits[level]) << shift;
+	tables[2][CASE32_ADDR >> 30] = TABLE(1) | !c->no_pdpte;
+}
+
+static struct ref_cpu cpu32_of(const struct pf_case32 *c, unsigned phys_bits)
+{
+	return (struct ref_cpu){
+		.cr0 = 0x80000011 | (c->wp ? 1u << 16 : 0),
+		.cr3 = c->pae ? TABLE(2) : TABLE(1),
+		.cr4 = (c->pse ? 1u << 4 : 0) | (c->pae ? 1u << 5 : 0) | (c->smep ? 1u << 20 : 0) |
+		       (c->smap ? 1u << 21 : 0),
+		.efer = c->nxe ? 0x800 : 0,
+		.rflags = 2 | (c->ac ? 1u << 18 : 0),
+		.cpl = c->user ? 3 : 0,
+		.phys_bits = phys_bits,
+	};
+}
+
+static struct report expect32(unsigned number, unsigned phys_bits, unsigned cpu)
+{
+	static const enum ref_access kinds[] = { REF_READ, REF_WRITE, REF_FETCH };
+	static uint64_t tables[3][512];
+	struct pf_case32 c = case32_make(number, phys_bits);
+	struct ref_cpu rc = cpu32_of(&c, phys_bits);
+	uint64_t addr = CASE32_ADDR + (c.access == CASE_FETCH ? 0 : CASE_DATA);
+	struct ref_memory m = { read_word, write_word, tables };
+	struct ref_result r;
+	struct report e = { .number = number, .vector = 0x80, .good = 1 };
+	unsigned shift;
+
+	fill_tables32(&c, tables);
+	if (c.pae && !ref_load_pdptes(&rc, &m))
+		return (struct report){ 0 };
+	r = ref_translate(&rc, &m, addr, kinds[c.access]);
+	if (r.outcome == REF_PAGE_FAULT) {
+		e.vector = 14;
+		e.error = r.error;
+		e.cr2 = addr;
+	} else if (r.outcome != REF_OK || r.gpa != (addr & 0x3fffffff)) {
+		e.vector = 0; /* no case is made so: never equal */
+	}
+	for (unsigned level = 0; level < 2; level++)
+		e.flags |= (*entry32_at(&c, tables, level, &shift) >> shift >> 5 & 3) << (2 * level);
+	return e;
+}
+
 /* -- the comparison ------------------------------------------------------- */
 
 struct tally {
@@ -235,7 +240,14 @@ static bool read_report(char *line, struct report *r)
 		      &r->good) == 6;
 }
 
-static int check_output(char *out)
+struct guest {
+	const char *name;
+	char *image;
+	struct report (*expect)(unsigned number, unsigned phys_bits, unsigned cpu);
+	unsigned least_kinds; /* of error codes that a fair sample has */
+};
+
+static int check_output(const struct guest *g, char *out)
 {
 	struct tally t = { 0 };
 	unsigned phys_bits, cpu, kinds = 0;
@@ -246,7 +258,7 @@ static int check_output(char *out)
 		return line && strncmp(line, "no smep", 7) == 0 ? SKIPPED : EXIT_FAILURE;
 	}
 	while ((line = strtok_r(NULL, "\n", &save)) && strcmp(line, "end") != 0) {
-		struct report got, want = expect(t.cases, phys_bits, cpu);
+		struct report got, want = g->expect(t.cases, phys_bits, cpu);
 
 		if (!read_report(line, &got)) {
 			fprintf(stderr, "the guest said: %s\n", line);
@@ -256,31 +268,45 @@ static int check_output(char *out)
 	}
 	for (unsigned i = 0; i < 64; i++)
 		kinds += t.errors[i] > 0;
-	printf("%u cases, %u went through, %u kinds of error code, %u differ (phys bits %u, features %x)\n",
-	       t.cases, t.granted, kinds, t.wrong, phys_bits, cpu);
+	printf("%s: %u cases, %u went through, %u kinds of error code, %u differ (phys bits %u, features %x)\n",
+	       g->name, t.cases, t.granted, kinds, t.wrong, phys_bits, cpu);
 	/* a sample in which nearly all cases are alike would show nothing */
-	if (t.cases != CASES || t.wrong || t.granted < CASES / 10 || kinds < 15)
+	if (t.cases != CASES || t.wrong || t.granted < CASES / 10 || kinds < g->least_kinds)
 		return EXIT_FAILURE;
 	return EXIT_SUCCESS;
 }
 
-int main(int argc, char **argv)
+static int run(char *qemu, const struct guest *g)
 {
 	char *out;
 	int r;
 
-	if (argc != 3 || !argv[1][0] || !argv[2][0]) {
-		puts("skipped: this build has no qemu-system-x86_64 or cannot make an x86-64 image");
+	if (access(g->image, R_OK)) {
+		printf("skipped: no image %s\n", g->image);
 		return SKIPPED;
 	}
-	if (access(argv[2], R_OK)) {
-		printf("skipped: no image %s\n", argv[2]);
-		return SKIPPED;
-	}
-	out = run_guest(argv[1], argv[2]);
-	if (!out)
-		return EXIT_FAILURE;
-	r = check_output(out);
+	out = run_guest(qemu, g->image);
+	r = out ? check_output(g, out) : EXIT_FAILURE;
 	free(out);
 	return r;
+}
+
+int main(int argc, char **argv)
+{
+	if (argc != 4 || !argv[1][0] || !argv[2][0] || !argv[3][0]) {
+		puts("skipped: no qemu-system-x86_64 (apt-get install qemu-system-x86, then configure a new build), or "
+		     "a compiler that cannot make x86 images (gcc or clang for x86-64, -m64 and -m32)");
+		return SKIPPED;
+	}
+	struct guest guests[] = {
+		{ "4-level", argv[2], expect, 15 },
+		{ "32-bit and PAE", argv[3], expect32, 15 },
+	};
+	for (unsigned i = 0; i < 2; i++) {
+		int r = run(argv[1], &guests[i]);
+
+		if (r != EXIT_SUCCESS)
+			return r;
+	}
+	return EXIT_SUCCESS;
 }
