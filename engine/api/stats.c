@@ -69,14 +69,69 @@ int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats 
 	return KAGE_OK;
 }
 
+/* A range of whole pages, and not empty. */
+static bool pages_valid(uint64_t gpa, uint64_t len)
+{
+	return len && !((gpa | len) & (PAGE_SIZE - 1)) && gpa < (uint64_t)1 << KAGE_GPA_BITS &&
+	       len <= ((uint64_t)1 << KAGE_GPA_BITS) - gpa;
+}
+
 int kage_page_map(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint8_t *map)
 {
-	if (!vm || !map || !len || (gpa | len) & (PAGE_SIZE - 1) || gpa >= (uint64_t)1 << KAGE_GPA_BITS ||
-	    len > ((uint64_t)1 << KAGE_GPA_BITS) - gpa)
+	if (!vm || !map || !pages_valid(gpa, len))
 		return -EINVAL;
 	reconcile_one(&vm->mm);
 	obs_page_map(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, map);
 	return KAGE_OK;
+}
+
+int kage_page_digest(struct kage_vm *vm, uint64_t gpa, uint64_t len, struct kage_digest *digest)
+{
+	int r = KAGE_OK;
+
+	if (!vm || !digest || !pages_valid(gpa, len))
+		return -EINVAL;
+	for (uint64_t i = 0; r == KAGE_OK && i < len >> PAGE_SHIFT; i++)
+		r = obs_digest(&vm->mm, vm->engine->merge.salt, GFN((gpa >> PAGE_SHIFT) + i), &digest[i]);
+	return r;
+}
+
+/* Guests of one engine, each once. */
+static bool guests_valid(struct kage_vm *const *vms, unsigned count)
+{
+	for (unsigned i = 0; i < count; i++) {
+		if (!vms[i] || vms[i]->engine != vms[0]->engine)
+			return false;
+		for (unsigned j = 0; j < i; j++)
+			if (vms[j] == vms[i])
+				return false;
+	}
+	return count > 0;
+}
+
+int kage_census_take(struct kage_vm *const *vms, unsigned count, struct kage_census *census)
+{
+	struct kage_census c = { 0 };
+	struct mm **mms;
+	int r;
+
+	if (!vms || !census || !guests_valid(vms, count))
+		return -EINVAL;
+	r = config_check(census, sizeof(c), sizeof(c));
+	if (r)
+		return r;
+	mms = env_alloc(&vms[0]->engine->env, count * sizeof(*mms));
+	if (!mms)
+		return -ENOMEM;
+	for (unsigned i = 0; i < count; i++)
+		mms[i] = &vms[i]->mm;
+	r = obs_census(mms, count, vms[0]->engine->merge.salt, &c);
+	env_free(&vms[0]->engine->env, mms, count * sizeof(*mms));
+	if (r == 0) {
+		c.size = census->size;
+		*census = c;
+	}
+	return r;
 }
 
 /* -- dumps: collected in memory first, written when no lock or read section is held ------------ */

@@ -19,6 +19,7 @@
  */
 #include <sched.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include "base/guest.h"
 
@@ -150,6 +151,36 @@ int mm_read(struct mm *mm, gpa_t gpa, void *buf, size_t len)
 		len -= n;
 	}
 	return KAGE_OK;
+}
+
+/*
+ * A page that is its file's own, read through the descriptor: a load through a mapping makes the host give memory to
+ * a hole of tmpfs (a guest's RAM is one where nobody touched it). False: it is not, or the file cannot be read so.
+ */
+static bool read_file_page(struct mm *mm, gfn_t gfn, void *page)
+{
+	const struct region *reg;
+	struct mm_lookup l;
+	struct extent *e = NULL;
+	bool done;
+
+	rcu_enter();
+	reg = mm_region(mm, gfn);
+	l = mm_lookup(mm, gfn);
+	if (reg && reg->prot & KAGE_READ && reg->kind != KAGE_REGION_ANON &&
+	    (reg->kind == KAGE_REGION_FOREIGN || !mm->mirror))
+		e = atomic_load(&((struct region *)reg)->extent);
+	if (e && !entry_is_none(l.entry) && !(entry_is_leaf(l.entry) && pfn_eq(l.pfn, extent_pfn(e, gfn))))
+		e = NULL;
+	done = e && pread(e->fd, page, PAGE_SIZE, (off_t)(e->offset + (gfn.v - e->gfn.v) * PAGE_SIZE)) ==
+			    (ssize_t)PAGE_SIZE;
+	rcu_leave();
+	return done;
+}
+
+int mm_read_page(struct mm *mm, gfn_t gfn, void *page)
+{
+	return read_file_page(mm, gfn, page) ? KAGE_OK : mm_read(mm, gfn_gpa(gfn), page, PAGE_SIZE);
 }
 
 /* -- write ------------------------------------------------------------------------ */

@@ -17,6 +17,14 @@ void obs_engine(struct host *h, struct merge *m, struct kage_stats *out);
 /* One byte (enum kage_page_class) a page. */
 void obs_page_map(struct mm *mm, gfn_t gfn, uint64_t npages, uint8_t *map);
 
+/* The i-th region's range, 0 pages beyond the last. */
+uint64_t obs_region_at(struct mm *mm, unsigned i, gfn_t *start);
+
+/* A page's digest. What mm_read() returns. */
+int obs_digest(struct mm *mm, uint64_t salt, gfn_t gfn, struct kage_digest *out);
+/* Compares what guests hold (census.c). -ENOMEM, or an error of obs_digest(). */
+int obs_census(struct mm *const *mms, unsigned guests, uint64_t salt, struct kage_census *out);
+
 /* Text or JSON of a guest's primary table or regions, through put(). */
 int obs_dump_primary(struct mm *mm, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg);
 int obs_dump_regions(struct mm *mm, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg);

@@ -51,8 +51,7 @@ static void add_class(struct kage_stats *out, uint8_t class)
 	}
 }
 
-/* The i-th region's range, 0 pages beyond the last. */
-static uint64_t region_at(struct mm *mm, unsigned i, gfn_t *start)
+uint64_t obs_region_at(struct mm *mm, unsigned i, gfn_t *start)
 {
 	struct regions *set;
 	uint64_t n = 0;
@@ -73,7 +72,7 @@ static void add_pages(struct mm *mm, struct kage_stats *out)
 	uint64_t n;
 	gfn_t at;
 
-	for (unsigned i = 0; (n = region_at(mm, i, &at)) != 0; i++) {
+	for (unsigned i = 0; (n = obs_region_at(mm, i, &at)) != 0; i++) {
 		out->pages_nominal += n;
 		while (n) {
 			uint64_t run = MIN(n, BLOCK_PAGES - at.v % BLOCK_PAGES);
@@ -105,7 +104,7 @@ static uint64_t count_unshared(struct mm *mm)
 	uint64_t n, unshared = 0;
 	gfn_t at;
 
-	for (unsigned i = 0; (n = region_at(mm, i, &at)) != 0; i++) {
+	for (unsigned i = 0; (n = obs_region_at(mm, i, &at)) != 0; i++) {
 		for (; n; n--, at.v++) {
 			struct mm_lookup l;
 

@@ -119,5 +119,42 @@ enum kage_page_class {
  */
 KAGE_API int kage_page_map(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint8_t *map);
 
+/** What a page holds, in 128 bits. Salted: only digests of one engine compare. */
+struct kage_digest {
+	uint64_t word[2];
+};
+
+/**
+ * Digests of the contents of a range, one a page, as kage_vm_read() reads them; of files, and of memory that somebody
+ * else owns, without giving memory to their holes. Equal contents have equal digests; different ones differ, but
+ * for one pair in 2^128. So it says which pages of FOREIGN memory its owner changed: those whose digests are not
+ * what they were, where a dirty log knows only writes that go through the engine. Guests
+ * may run: a page that is written meanwhile gets a digest of neither state, unlike both.
+ *
+ * Returns KAGE_OK, -EINVAL (range not aligned or empty), or what kage_vm_read() returns. Any thread.
+ */
+KAGE_API int kage_page_digest(struct kage_vm *vm, uint64_t gpa, uint64_t len, struct kage_digest *digest);
+
+/** How much of some guests is the same. */
+struct kage_census {
+	uint32_t size;
+	uint32_t reserved;
+	uint64_t pages;    /**< pages of all regions that were read */
+	uint64_t skipped;  /**< pages that cannot be read, or not yet (KAGE_WAIT) */
+	uint64_t distinct; /**< different contents among them: pages - distinct is what sharing everything would save */
+	uint64_t zero;     /**< pages that are all zeroes */
+	uint64_t common;   /**< pages whose contents another one of the guests has too */
+};
+
+/**
+ * Compares the contents of every page of `count` guests of one engine, of whatever regions: FOREIGN memory and
+ * guests of several merge domains too, so it tells what merging cannot do as well. Exact for what does not change
+ * meanwhile. Time follows the regions' length, memory the number of distinct contents, 64 to 128 bytes each.
+ *
+ * Returns KAGE_OK, -EINVAL (no guests, of several engines, or one of them twice), -E2BIG, -ENOMEM, or what a region's
+ * touch returned. Any thread; no guest may be destroyed meanwhile.
+ */
+KAGE_API int kage_census_take(struct kage_vm *const *vms, unsigned count, struct kage_census *census);
+
 KAGE_END
 #endif

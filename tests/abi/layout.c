@@ -77,6 +77,10 @@ AT(kage_stats, faults, 104);
 AT(kage_stats, ksm_pages_shared, 200);
 AT(kage_stats, ksm_general_profit, 280);
 AT(kage_stats, shadow_pages, 288);
+SIZE(kage_digest, 16);
+FIRST(kage_census, 48);
+AT(kage_census, pages, 8);
+AT(kage_census, common, 40);
 
 SIZE(kage_range, 48);
 AT(kage_range, start, 0);

@@ -88,6 +88,8 @@ END_TEST
 
 START_TEST(null_vm)
 {
+	struct kage_census census = { .size = sizeof(census) };
+	struct kage_digest digest;
 	struct kage_vm *none = UNTOUCHED;
 	struct iovec iov;
 	unsigned n = 1;
@@ -114,6 +116,11 @@ START_TEST(null_vm)
 	is(kage_vm_mark_dirty(NULL, MIB, 1), -EINVAL);
 	is(kage_page_map(NULL, MIB, PAGE, (uint8_t *)&byte), -EINVAL);
 	is(kage_page_map(vm, MIB, PAGE, NULL), -EINVAL);
+	is(kage_page_digest(NULL, MIB, PAGE, &digest), -EINVAL);
+	is(kage_page_digest(vm, MIB, PAGE, NULL), -EINVAL);
+	is(kage_census_take(NULL, 1, &census), -EINVAL);
+	is(kage_census_take(&vm, 1, NULL), -EINVAL);
+	is(kage_census_take(&vm, 0, &census), -EINVAL);
 	is(kage_dump(NULL, KAGE_DUMP_PRIMARY, KAGE_DUMP_TEXT, 1), -EINVAL);
 	ck_assert_ptr_eq(none, UNTOUCHED);
 }
