@@ -298,9 +298,9 @@ int mm_clone(struct mm *parent, struct mm *child)
 		r = change_run(&k.c);
 	if (r == 0 && parent->mirror && parent->mirror->exact) /* who was not parked may have slipped by */
 		mm_adopt_diverged(parent, GFN(0), GFN((uint64_t)1 << GFN_BITS));
+	dead_release(parent->host->pool, &k.dead);
 	brlock_write_drop(&parent->range);
 	brlock_write_drop(&f->lock);
-	dead_release(parent->host->pool, &k.dead);
 	env_free(parent->host->env, k.kept, k.kept_room * sizeof(*k.kept));
 	if (r)
 		notify_finish(&child->notify);

@@ -577,12 +577,18 @@ void mm_settle(struct mm *mm, gfn_t start, gfn_t end)
 			(unsigned long long)mm->id, (unsigned long long)start.v, -r);
 }
 
+/* Home slots that wait for their grace period are where pages belong. mm->range held: the audit sees no half of it. */
+static void reap_home(struct mm *mm)
+{
+	if (pool_pending(mm->host->pool))
+		pool_reap(mm->host->pool);
+}
+
 int mm_adopt_diverged(struct mm *mm, gfn_t start, gfn_t end)
 {
 	int r;
 
-	if (pool_pending(mm->host->pool))
-		pool_reap(mm->host->pool); /* home slots that wait for their grace period are where pages belong */
+	reap_home(mm);
 	r = mm->mirror->ops->each_diverged(mm->mirror, start, end, adopt_block, NULL);
 	if (!atomic_load(&mm->count.pages_broken))
 		return r;
@@ -785,20 +791,26 @@ static int reconcile_block(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_
 			if (!mm_region(mm, gfn_add(base, i)))
 				now[i / 64] &= ~((uint64_t)1 << (i % 64));
 		r = map_count(now) ? reconcile_held(mm, base, now, rc) : 0;
+		if (r == -ENOMEM && reaps++ < REAPS_MAX && pool_reap(mm->host->pool) > 0)
+			r = -EAGAIN;
 		brlock_read_drop(&mm->range, held);
-	} while (r == -EAGAIN || (r == -ENOMEM && reaps++ < REAPS_MAX && pool_reap(mm->host->pool) > 0));
+	} while (r == -EAGAIN);
 	return r;
 }
 
 int64_t mm_reconcile(struct mm *mm, gfn_t start, gfn_t end, bool adopts)
 {
 	struct reconcile rc = { .adopt = adopts };
+	struct brlock_held held;
 	int r;
 
 	if (adopts && !mm->mirror->blocks)
 		return -EOPNOTSUPP;
-	if (adopts && pool_pending(mm->host->pool))
-		pool_reap(mm->host->pool); /* home slots that wait for their grace period are where pages belong */
+	if (adopts) {
+		held = brlock_read(&mm->range);
+		reap_home(mm);
+		brlock_read_drop(&mm->range, held);
+	}
 	r = mm->mirror->ops->each_diverged(mm->mirror, start, end, reconcile_block, &rc);
 	return r ? r : (int64_t)rc.left;
 }

@@ -99,18 +99,19 @@ int mm_create(struct host *h, struct mm *mm, uint32_t domain, unsigned levels)
 	if (r)
 		goto finish_notify;
 	mm->regions = regions_new(h, 0);
+	lock_take(&h->lock); /* the audit knows of no table that no mm has */
 	r = mm->regions ? table_new(mm, levels - 1, &root) : -ENOMEM;
 	if (r)
-		goto free_regions;
+		goto unlock;
 	mm->root = entry_table(root, ENTRY_W) | (entry_t)(levels - 1) << ROOT_LEVEL_SHIFT;
 	layer_attach(NULL, l, mm);
 	list_add_tail(&f->mms, &mm->node);
 	f->count = 1;
-	lock_take(&h->lock);
 	list_add_tail(&h->families, &f->node);
 	lock_drop(&h->lock);
 	return 0;
-free_regions:
+unlock:
+	lock_drop(&h->lock);
 	regions_free(h, mm->regions);
 	layer_free(h, l);
 finish_notify:
@@ -155,8 +156,8 @@ int mm_destroy(struct mm *mm)
 	counters_retire(h, mm);
 	brlock_write_drop(&mm->range);
 	brlock_write_drop(&f->lock);
+	dead_release(h->pool, &dead); /* still under a lock of the audit's: frames that no table reaches are pending */
 	lock_drop(&h->lock);
-	dead_release(h->pool, &dead);
 	regions_retire(h, mm->regions);
 	notify_finish(&mm->notify);
 	if (last)

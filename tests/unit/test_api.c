@@ -5,6 +5,8 @@
  * descriptor and no thread left behind. Public headers only.
  */
 #include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <check.h>
 #include <dirent.h>
@@ -880,6 +882,48 @@ START_TEST(descriptors_and_threads)
 END_TEST
 
 /* A descriptor is duplicated with O_CLOEXEC: none of the library's survives an exec. */
+static _Atomic bool churning;
+
+/* Guests, clones, writes: all that takes frames and gives them back. */
+static void *churn(void *failed)
+{
+	while (churning) {
+		struct kage_vm *a = NULL, *b = NULL;
+		int r = kage_vm_create(engine, NULL, &a);
+
+		if (!r)
+			r = kage_vm_map(a, KAGE_CFG(kage_region, .len = MIB));
+		for (uint64_t gpa = 0; !r && gpa < MIB; gpa += 8 * PAGE)
+			r = kage_vm_write(a, gpa, &gpa, sizeof(gpa));
+		if (!r)
+			r = kage_vm_clone(a, NULL, &b);
+		for (uint64_t gpa = 0; !r && gpa < MIB; gpa += 16 * PAGE)
+			r = kage_vm_write(b, gpa, &r, sizeof(r));
+		if (kage_vm_destroy(a) || kage_vm_destroy(b) || r || kage_engine_step(engine, NULL, NULL))
+			atomic_fetch_add((_Atomic unsigned *)failed, 1);
+	}
+	return NULL;
+}
+
+/* The audit may be called at any time: what others are in the middle of is either done or has not begun. */
+START_TEST(audits_beside_others)
+{
+	_Atomic unsigned failed = 0;
+	pthread_t thread;
+
+	churning = true;
+	ok(pthread_create(&thread, NULL, churn, &failed));
+	for (unsigned i = 0; i < 1000; i++) {
+		struct kage_audit a = {.size = sizeof(a)};
+
+		ok(kage_engine_audit(engine, &a));
+	}
+	churning = false;
+	ok(pthread_join(thread, NULL));
+	is(failed, 0);
+}
+END_TEST
+
 START_TEST(close_on_exec)
 {
 	DIR *d;
@@ -1030,7 +1074,7 @@ int main(void)
 	    external,
 	    memory_limit,
 	    no_memory_for_objects,
-	    descriptors_and_threads,
+	    audits_beside_others, descriptors_and_threads,
 	    close_on_exec,
 	    version,
 	    refusals_are_logged,
