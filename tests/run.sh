@@ -3,14 +3,16 @@
 # Builds and runs the tests:  sh tests/run.sh [SUITE...]
 #
 # SUITE is a folder of tests/ (unit, model, flow, stress, lint, abi, ...), demo,
-# or asan or tsan: builds of their own under a sanitizer. Without one: all of
+# or asan or tsan: builds of their own under a sanitizer, or arm64: a cross
+# build whose tests run under QEMU's user-mode emulation. Without one: all of
 # them. Installs what is missing (as root, with apt-get; else says what to
 # install). Prints each skip with its reason, and as its last line
 #     N passed, N failed, N skipped
 # A program of Check counts as its cases, any other test as one. Exit: 0, 1 if
 # something failed, 2 if nothing could be built. Environment:
-#   KAGE_BUILD  build folder, default build; build-asan and build-tsan lie beside it
-#   KAGE_FAST   1: no sanitizer builds unless asked for by name
+#   KAGE_BUILD  build folder, default build; build-asan, build-tsan, build-arm64 and its sysroot
+#               build-cross-arm64 lie beside it
+#   KAGE_FAST   1: no sanitizer and cross builds unless asked for by name
 set -u
 
 cd "$(dirname "$0")/.." || exit 2
@@ -19,11 +21,13 @@ all=1
 plain=
 asan=
 tsan=
+arm64=
 for suite in "$@"; do
 	all=
 	case $suite in
 	asan) asan=1 ;;
 	tsan) tsan=1 ;;
+	arm64) arm64=1 ;;
 	-*) sed -n '3,/^set/s/^# \{0,1\}//p' tests/run.sh; exit 2 ;;
 	*) plain="$plain --suite $suite" ;;
 	esac
@@ -31,6 +35,7 @@ done
 if [ -n "$all" ] && [ "${KAGE_FAST:-}" != 1 ]; then
 	asan=1
 	tsan=1
+	arm64=1
 fi
 passed=0
 failed=0
@@ -66,6 +71,10 @@ find_missing() {
 	elif [ -n "$tsan" ] && [ ! -e "$(clang -print-file-name=libclang_rt.tsan-x86_64.a)" ] &&
 		[ ! -e "$(clang -print-runtime-dir)/libclang_rt.tsan.a" ]; then
 		missing="$missing libclang-rt-dev"
+	fi
+	if [ -n "$arm64" ]; then
+		need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
+		need qemu-aarch64-static qemu-user-static
 	fi
 }
 
@@ -225,6 +234,16 @@ run_tsan() {
 		run "$build-tsan" --suite unit --suite stress -t 3
 }
 
+# The engine as an arm64 host has it, short forms: emulation is slow.
+run_arm64() {
+	why=$(sh tests/cross/sysroot.sh "$build-cross-arm64" arm64) || { left_out "arm64: ${why#SKIP: }"; return; }
+	prepare "$build-arm64" --cross-file "$build-cross-arm64/cross.ini" -Dbench=false ||
+		{ could_not "$build-arm64 does not build"; return; }
+	echo "Tests on arm64, under QEMU's user-mode emulation, short forms"
+	KAGE_SEQUENCES=5 KAGE_STEPS=300 KAGE_ROUNDS=2 KAGE_SHORT=1 \
+		run "$build-arm64" --suite unit --suite model --suite flow -t 4
+}
+
 begin=$(date +%s)
 mkdir -p "$build" && : >"$build/run.notes" || exit 2
 find_missing
@@ -245,6 +264,7 @@ if [ -n "$all" ] || [ -n "$plain" ]; then
 fi
 [ -z "$asan" ] || run_asan
 [ -z "$tsan" ] || run_tsan
+[ -z "$arm64" ] || run_arm64
 
 echo
 echo "tests/run.sh: $(($(date +%s) - begin)) s"

@@ -169,9 +169,16 @@ void host_huge(struct pool *pool, pfn_t pfn, uint64_t npages, bool on)
 			on ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 }
 
+/* QEMU's user-mode emulation says yes to advice that it does not know: a yes to that one means nothing there. */
+static bool advice_is_checked(void *at)
+{
+	return madvise(at, 0, -1) != 0;
+}
+
 static bool punch_anonymous(void *at, size_t len)
 {
-	return madvise(at, len, MADV_DONTNEED) == 0 || madvise(at, len, MADV_DONTNEED_LOCKED) == 0;
+	return madvise(at, len, MADV_DONTNEED) == 0 ||
+	       (advice_is_checked(at) && madvise(at, len, MADV_DONTNEED_LOCKED) == 0);
 }
 
 static bool punch_file(int fd, uint64_t offset, size_t len)

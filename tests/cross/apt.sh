@@ -61,8 +61,8 @@ Dir::State::Lists "$state/lists";
 Dir::State::status "$state/status";
 Dir::Cache "$state/cache";
 Dir::Etc::SourceList "$state/sources.list";
-Dir::Etc::SourceParts "-";
-Dir::Etc::PreferencesParts "-";
+Dir::Etc::SourceParts "/dev/null";
+Dir::Etc::PreferencesParts "/dev/null";
 EOF
 : >"$state/status"
 
