@@ -450,7 +450,7 @@ int kage_kvm_run_failed(struct kage_kvm *k, int vcpufd, const struct kvm_run *ru
 
 int kage_kvm_load_regs(struct kage_vcpu *vcpu, int vcpufd)
 {
-	struct kage_x86_regs regs;
+	arch_regs regs;
 	int r = vcpu ? arch_vcpu_regs(vcpufd, &regs) : -EINVAL;
 
 	return r ? r : kage_vcpu_set_regs(vcpu, &regs, sizeof(regs));

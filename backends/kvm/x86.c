@@ -15,15 +15,10 @@
 #include "arch.h"
 #include "slots.h"
 
-#ifndef KVM_CAP_MEMORY_ATTRIBUTES
-#define KVM_CAP_MEMORY_ATTRIBUTES 233
-#endif
-
 #define CR4_PKE		  ((uint64_t)1 << 22)
 #define CR4_FRED	  ((uint64_t)1 << 32)
 #define XSTATE_PKRU	  9
 #define XSAVE_HEADER	  512 /* of a standard-format area: XSTATE_BV is its first word */
-#define ATTRIBUTE_PRIVATE (1 << 3)
 
 /* KVM_GET_XSAVE gives the standard format, whose offsets are the host CPU's. */
 static int get_pkru(int vcpufd, uint32_t *pkru)
@@ -45,7 +40,7 @@ static int get_pkru(int vcpufd, uint32_t *pkru)
 	return 0;
 }
 
-int arch_vcpu_regs(int vcpufd, struct kage_x86_regs *regs)
+int arch_vcpu_regs(int vcpufd, arch_regs *regs)
 {
 	struct kvm_sregs sregs;
 	struct kvm_regs gprs;
@@ -72,17 +67,6 @@ int arch_vcpu_regs(int vcpufd, struct kage_x86_regs *regs)
 }
 
 /*
- * Guests with private memory (TDX, SEV-SNP, KVM_X86_SW_PROTECTED_VM): asked of a VM,
- * KVM_CAP_MEMORY_ATTRIBUTES tells what this VM can do, not the kernel.
- */
-static bool has_private_memory(int vmfd)
-{
-	int r = ioctl(vmfd, KVM_CHECK_EXTENSION, KVM_CAP_MEMORY_ATTRIBUTES);
-
-	return r > 0 && (r & ATTRIBUTE_PRIVATE);
-}
-
-/*
  * SEV and SEV-ES keep encrypted memory in ordinary slots. Of the commands of
  * KVM_MEMORY_ENCRYPT_OP all but those that make a VM confidential are refused with ENOTTY
  * if it is not, before anything else is looked at. This one changes nothing
@@ -105,5 +89,5 @@ int arch_guest_ok(int vmfd)
 {
 	if (!slots_is_vm(vmfd))
 		return -EINVAL;
-	return has_private_memory(vmfd) || is_encrypted(vmfd) ? -EOPNOTSUPP : 0;
+	return arch_private_memory(vmfd) || is_encrypted(vmfd) ? -EOPNOTSUPP : 0;
 }
