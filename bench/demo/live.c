@@ -337,7 +337,7 @@ static int break_all(struct live *l)
 
 		r = payload_get(l->vmm[i], 0, &old);
 		if (r == 0)
-			r = vmm_vcpu_enter_long_mode(l->vmm[i]->vcpu[0], &entry);
+			r = vmm_vcpu_enter(l->vmm[i]->vcpu[0], &entry);
 		if (r == 0)
 			r = payload_put(l->vmm[i], 0, &mb);
 		if (r == 0)

@@ -76,7 +76,7 @@ static void spin(struct subject *s)
 	struct vmm_entry entry = payload_entry(0);
 	const struct payload_mailbox mailbox = {.program = PAYLOAD_TICKS, .base = s->base, .pages = PAGES};
 
-	must(vmm_vcpu_enter_long_mode(s->vmm->vcpu[0], &entry), "entry");
+	must(vmm_vcpu_enter(s->vmm->vcpu[0], &entry), "entry");
 	must(payload_put(s->vmm, 0, &mailbox), "mailbox");
 }
 

@@ -106,7 +106,7 @@ void guest_enter(struct vmm *vmm)
 	     "guest code");
 	entry.rip = GUEST_CODE + (uint64_t)((const char *)(uintptr_t)guest_bench - __start_bench_guest);
 	entry.rdi = GUEST_ARGS;
-	must(vmm_vcpu_enter_long_mode(vmm->vcpu[0], &entry), "entry");
+	must(vmm_vcpu_enter(vmm->vcpu[0], &entry), "entry");
 }
 
 static struct subject *subject_create(struct kage_engine *engine, struct vmm_ram *ram, uint64_t bytes)

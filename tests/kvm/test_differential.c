@@ -812,7 +812,7 @@ static void do_stamp(struct pair *p)
 	ok(kage_vm_advise(p->vm, run_.stamps, MIB, KAGE_ADVICE_DISCARD));
 	ok(kage_vm_advise(p->vm, run_.log, MIB, KAGE_ADVICE_DISCARD));
 	ok(payload_put(p->vmm, 0, &mb));
-	ok(vmm_vcpu_enter_long_mode(p->vmm->vcpu[0], &entry));
+	ok(vmm_vcpu_enter(p->vmm->vcpu[0], &entry));
 	ok(vmm_start(p->vmm));
 	disturb(p);
 	ok(payload_stop(p->vmm, TIMEOUT_MS));
@@ -821,7 +821,7 @@ static void do_stamp(struct pair *p)
 	for (uint64_t i = 0; i < mb.pages; i++)
 		stamp_soft(p, &mb, i);
 	ok(payload_put(p->vmm, 0, &(struct payload_mailbox){0}));
-	ok(vmm_vcpu_enter_long_mode(p->vmm->vcpu[0], &entry));
+	ok(vmm_vcpu_enter(p->vmm->vcpu[0], &entry));
 }
 
 /* -- operations: the engines

@@ -681,7 +681,7 @@ static void load(struct cell *c)
 			works(kage_vm_write(c->vm, at, given.image + at, PAGE));
 	works(kage_vm_write(c->vm, PAYLOAD_IDENTITY, &identity, sizeof(identity)));
 	must(payload_put(&c->vmm, 0, &mb) == 0);
-	must(vmm_vcpu_enter_long_mode(&vcpu, &entry) == 0);
+	must(vmm_vcpu_enter(&vcpu, &entry) == 0);
 }
 
 /* The guest has stamped `n` pages more. */

@@ -17,31 +17,16 @@
 
 #define GUEST	  __attribute__((section("vmm_guest")))
 #define INLINE	  static inline __attribute__((always_inline))
+#if defined(__x86_64__)
+#include "x86_guest.h"
+#else
+#include "arm64_guest.h"
+#endif
 #define WORDS	  512 /* of 8 bytes in a page */
 #define LINES	  64  /* of 64 bytes in a page */
 #define PAGE	  4096
-#define PLACE(at) (*(volatile uint64_t *)(at))
-
-INLINE uint64_t rdtsc(void)
-{
-	uint32_t lo, hi;
-
-	__asm__ volatile("lfence; rdtsc" : "=a"(lo), "=d"(hi) : : "memory");
-	return (uint64_t)hi << 32 | lo;
-}
-
-INLINE void out(uint16_t port, uint32_t value)
-{
-	__asm__ volatile("outl %0, %1" : : "a"(value), "d"(port) : "memory");
-}
-
-INLINE uint32_t in(uint16_t port)
-{
-	uint32_t value;
-
-	__asm__ volatile("inl %1, %0" : "=a"(value) : "d"(port) : "memory");
-	return value;
-}
+#define LOAD(at) load((uint64_t)(uintptr_t)(at))
+#define STORE(at, value) store((uint64_t)(uintptr_t)(at), value)
 
 /* The finaliser of splitmix64 (Steele, Lea, Flood, 2014). */
 INLINE uint64_t mix(uint64_t x)
@@ -112,7 +97,7 @@ GUEST static void verify(volatile struct payload_mailbox *mb, uint64_t i, uint64
 		error(mb, at / PAGE, ~(uint64_t)0, generation, mb->count);
 	for (word = 0; word < WORDS; word += step) {
 		expected = generation ? guest_stamp(at / PAGE, generation, id, word) : 0;
-		found = PLACE(at + word * 8);
+		found = LOAD(at + word * 8);
 		if (found != expected)
 			error(mb, at / PAGE, word, found, expected);
 	}
@@ -124,7 +109,7 @@ GUEST static void stamp_page(volatile struct payload_mailbox *mb, uint64_t i, ui
 	uint64_t at = mb->base + i * PAGE, step = WORDS / mb->words, generation = mb->count + 1, word;
 
 	for (word = 0; word < WORDS; word += step)
-		PLACE(at + word * 8) = guest_stamp(at / PAGE, generation, id, word);
+		STORE(at + word * 8, guest_stamp(at / PAGE, generation, id, word));
 	log->generation = generation;
 	log->id = id;
 	mb->count = generation;
@@ -173,17 +158,17 @@ GUEST void guest_memory(struct payload_mailbox *mb, char *ram)
 	char *base = ram + mb->base;
 	bool random = mb->mode == PAYLOAD_RANDOM;
 
-	mb->tsc_begin = rdtsc();
+	mb->tsc_begin = ticks_now();
 	for (i = 0; i < mb->iterations; i++) {
 		if (random)
 			line = below(&rng, n);
-		was = PLACE(base + line * 64);
+		was = LOAD(base + line * 64);
 		sum = (sum << 1 | sum >> 63) + was;
-		PLACE(base + line * 64) = was + i + 1;
+		STORE(base + line * 64, was + i + 1);
 		if (!random && ++line == n)
 			line = 0;
 	}
-	mb->tsc_end = rdtsc();
+	mb->tsc_end = ticks_now();
 	mb->checksum = sum;
 	mb->count = i;
 }
@@ -192,14 +177,14 @@ GUEST void guest_dirty(struct payload_mailbox *mb, char *ram)
 {
 	uint64_t rng = seed(mb->seed), i, page;
 
-	mb->tsc_begin = rdtsc();
+	mb->tsc_begin = ticks_now();
 	for (i = 0; i < mb->iterations; i++) {
 		page = mb->base / PAGE + below(&rng, mb->pages);
-		PLACE(ram + page * PAGE + i % WORDS * 8) = mb->go << 32 | (i + 1);
+		STORE(ram + page * PAGE + i % WORDS * 8, mb->go << 32 | (i + 1));
 		if (mb->log)
-			PLACE(ram + mb->log + i * 8) = page;
+			STORE(ram + mb->log + i * 8, page);
 	}
-	mb->tsc_end = rdtsc();
+	mb->tsc_end = ticks_now();
 	mb->count = i;
 }
 
@@ -207,15 +192,15 @@ GUEST void guest_touch(struct payload_mailbox *mb, char *ram)
 {
 	uint64_t sum = 0, i, at;
 
-	mb->tsc_begin = rdtsc();
+	mb->tsc_begin = ticks_now();
 	for (i = 0; i < mb->pages; i++) {
 		at = mb->base + i * PAGE;
 		if (mb->mode & PAYLOAD_READ)
-			sum = (sum << 1 | sum >> 63) + PLACE(ram + at);
+			sum = (sum << 1 | sum >> 63) + LOAD(ram + at);
 		if (mb->mode & PAYLOAD_WRITE)
-			PLACE(ram + at) = mix(at ^ mb->seed);
+			STORE(ram + at, mix(at ^ mb->seed));
 	}
-	mb->tsc_end = rdtsc();
+	mb->tsc_end = ticks_now();
 	mb->checksum = sum;
 	mb->count = i;
 }
@@ -224,18 +209,18 @@ GUEST static void hypercall(struct payload_mailbox *mb)
 {
 	uint64_t sum = 0, i;
 
-	mb->tsc_begin = rdtsc();
+	mb->tsc_begin = ticks_now();
 	for (i = 0; i < mb->iterations; i++) {
 		if (mb->mode == PAYLOAD_OUT)
 			out(PAYLOAD_PORT_VALUE, (uint32_t)(mb->seed + i));
 		else if (mb->mode == PAYLOAD_IN)
 			sum += in(PAYLOAD_PORT_VALUE);
 		else if (mb->mode == PAYLOAD_MMIO_WRITE)
-			PLACE(mb->base) = mb->seed + i;
+			STORE(mb->base, mb->seed + i);
 		else
-			sum += PLACE(mb->base);
+			sum += LOAD(mb->base);
 	}
-	mb->tsc_end = rdtsc();
+	mb->tsc_end = ticks_now();
 	mb->checksum = sum;
 	mb->count = i;
 }
@@ -278,10 +263,10 @@ GUEST static void burst(volatile struct payload_mailbox *mb)
 {
 	uint64_t i, before, now, slowest = 0;
 
-	mb->tsc_begin = before = rdtsc();
+	mb->tsc_begin = before = ticks_now();
 	for (i = 0; i < mb->iterations; i++) {
-		PLACE(mb->base + i * PAGE) = before;
-		now = rdtsc();
+		STORE(mb->base + i * PAGE, before);
+		now = ticks_now();
 		if (now - before > slowest)
 			slowest = now - before;
 		before = now;
@@ -294,10 +279,10 @@ GUEST static void burst(volatile struct payload_mailbox *mb)
 GUEST static void ticks(volatile struct payload_mailbox *mb)
 {
 	volatile struct vmm_identity *identity = (void *)(uintptr_t)PAYLOAD_IDENTITY;
-	uint64_t id = identity->id, before = rdtsc(), now;
+	uint64_t id = identity->id, before = ticks_now(), now;
 
 	for (;;) {
-		now = rdtsc();
+		now = ticks_now();
 		if (identity->id != id) { /* the time in which a clone came to be is no gap of it */
 			id = identity->id;
 			mb->reseeded++;
@@ -308,11 +293,11 @@ GUEST static void ticks(volatile struct payload_mailbox *mb)
 		before = now;
 		if (mb->go != mb->done) {
 			burst(mb);
-			before = rdtsc();
+			before = ticks_now();
 		}
 		if (mb->stop) {
 			out(PAYLOAD_PORT_STOP, 0);
-			before = rdtsc();
+			before = ticks_now();
 		}
 	}
 }

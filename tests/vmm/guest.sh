@@ -1,20 +1,19 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
 # The code that payload.c copies into guests needs nothing outside of its section (guest.c, G1).
-# usage: guest.sh OBJECT-OR-ARCHIVE
+# usage: guest.sh OBJECT-OR-ARCHIVE [OBJDUMP]
 #
 # Every relocation of section vmm_guest must name a symbol of that section, and no instruction may
 # use a vector register. Prints each violation; exits 1 if any, 77 without binutils.
 set -u
 object=$1
+objdump=${2:-objdump}
 
-for tool in objdump; do
-	command -v $tool >/dev/null || { echo "SKIP: $tool is missing"; exit 77; }
-done
-inside=$(objdump -t "$object" | awk '/[ \t]vmm_guest[ \t]/ { print $NF }')
+command -v "$objdump" >/dev/null || { echo "SKIP: $objdump is missing"; exit 77; }
+inside=$("$objdump" -t "$object" | awk '/[ \t]vmm_guest[ \t]/ { print $NF }')
 [ -n "$inside" ] || { echo "no section vmm_guest in $object"; exit 1; }
 
-objdump -r -j vmm_guest "$object" | awk -v inside="$inside" '
+"$objdump" -r -j vmm_guest "$object" | awk -v inside="$inside" '
 BEGIN {
 	n = split(inside, names, "\n")
 	for (i = 1; i <= n; i++)
@@ -29,7 +28,8 @@ $2 ~ /^R_/ {
 	}
 }
 END { exit bad }' || exit 1
-if objdump -d -j vmm_guest "$object" | grep -E '%([xyz]mm|st\()'; then
+# x86: xmm0 ... st(0); arm64: q0, d0, s0, v0 as an operand.
+if "$objdump" -d --no-show-raw-insn -j vmm_guest "$object" | grep -E '%([xyz]mm|st\()|[[:blank:]{,][qdsv][0-9]+[].,}]'; then
 	echo "vector registers in $object"
 	exit 1
 fi

@@ -3,8 +3,8 @@
  * Payload guests, the VMM's side: image, entry, ports, mailboxes. payload.h
  * has the layout and the protocol.
  *
- * The page tables are ordinary 4-level tables in guest memory, user pages
- * with accessed and dirty bits set, so whoever walks them (KVM_TRANSLATE,
+ * The page tables are ordinary 4-level tables in guest memory, of the same shape on x86 and (with 4 KiB
+ * granules) arm64, with accessed and dirty bits set: so whoever walks them (KVM_TRANSLATE,
  * kage_vcpu_translate()) finds gva = gpa and changes nothing.
  */
 #include <assert.h>
@@ -14,26 +14,13 @@
 
 #include "payload.h"
 
-#define PAGE	((uint64_t)4096)
-#define MIB	((uint64_t)1 << 20)
-#define GIB	((uint64_t)1 << 30)
-#define TABLE	0x27 /* present, writable, user, accessed */
-#define LEAF	0x67 /* and dirty */
-#define LARGE	0x80
-
-/* 104 bytes, of which the bitmap's offset matters; 65536 bits, 0 allows; a byte of ones (SDM volume 1, 19.5.2). */
-#define TSS_BITMAP_AT 102
-#define TSS_BITMAP    104
-#define TSS_LIMIT     (TSS_BITMAP + 65536 / 8)
+#define PAGE ((uint64_t)4096)
+#define MIB  ((uint64_t)1 << 20)
+#define GIB  ((uint64_t)1 << 30)
 
 static_assert(sizeof(struct payload_mailbox) <= 4096, "a mailbox is a page");
 static_assert(PAYLOAD_MAILBOX + VMM_VCPUS * 4096 <= PAYLOAD_STACK, "mailboxes end before the stacks");
 static_assert(PAYLOAD_STACK + VMM_VCPUS * 4096 <= PAYLOAD_TSS, "stacks end before the TSS");
-static_assert(PAYLOAD_TSS + TSS_LIMIT < PAYLOAD_TABLES, "the TSS ends before the tables");
-
-/* Of guest.c; the linker names the ends of a section. */
-extern const char __start_vmm_guest[] __attribute__((visibility("hidden")));
-extern const char __stop_vmm_guest[] __attribute__((visibility("hidden")));
 
 static uint64_t divide_up(uint64_t n, uint64_t by)
 {
@@ -60,41 +47,29 @@ uint64_t payload_free(const struct payload_config *config)
 	return divide_up(image_end(config), 2 * MIB) * 2 * MIB;
 }
 
-static uint64_t *at(char *image, uint64_t gpa)
-{
-	return (uint64_t *)(image + gpa);
-}
-
 /* n entries that point to pages in a row. */
-static void fill(uint64_t *table, uint64_t n, uint64_t first, uint64_t step, uint64_t bits)
+static void fill(char *image, uint64_t table, uint64_t n, uint64_t first, uint64_t step, uint64_t bits)
 {
-	uint64_t i;
+	uint64_t i, *entry = (uint64_t *)(image + table);
 
 	for (i = 0; i < n; i++)
-		table[i] = (first + i * step) | bits;
+		entry[i] = (first + i * step) | bits;
 }
 
 static void make_tables(char *image, const struct payload_config *config)
 {
+	const struct payload_entries *e = &payload_entries;
 	uint64_t dirs = directories(config), large = divide_up(config->map, 2 * MIB);
 	uint64_t leaves = PAYLOAD_TABLES + dirs * PAGE;
 
-	fill(at(image, PAYLOAD_PML4), 1, PAYLOAD_PDPT, 0, TABLE);
-	fill(at(image, PAYLOAD_PDPT), dirs, PAYLOAD_TABLES, PAGE, TABLE);
+	fill(image, PAYLOAD_PML4, 1, PAYLOAD_PDPT, 0, e->table);
+	fill(image, PAYLOAD_PDPT, dirs, PAYLOAD_TABLES, PAGE, e->table);
 	if (!config->small_pages) {
-		fill(at(image, PAYLOAD_TABLES), large, 0, 2 * MIB, LEAF | LARGE);
+		fill(image, PAYLOAD_TABLES, large, 0, 2 * MIB, e->large);
 		return;
 	}
-	fill(at(image, PAYLOAD_TABLES), large, leaves, PAGE, TABLE);
-	fill(at(image, leaves), divide_up(config->map, PAGE), 0, PAGE, LEAF);
-}
-
-static void make_tss(char *tss)
-{
-	const uint16_t bitmap = TSS_BITMAP;
-
-	memcpy(tss + TSS_BITMAP_AT, &bitmap, sizeof(bitmap));
-	tss[TSS_LIMIT] = (char)0xff;
+	fill(image, PAYLOAD_TABLES, large, leaves, PAGE, e->table);
+	fill(image, leaves, divide_up(config->map, PAGE), 0, PAGE, e->page);
 }
 
 void *payload_image(const struct payload_config *config, size_t *len)
@@ -102,27 +77,16 @@ void *payload_image(const struct payload_config *config, size_t *len)
 	size_t code = __stop_vmm_guest - __start_vmm_guest;
 	char *image;
 
-	if (!config->map || directories(config) > 512 || code > PAYLOAD_PML4 - PAYLOAD_CODE)
+	if (!config->map || directories(config) > 512 || code > PAYLOAD_CODE_MAX)
 		return NULL;
 	image = calloc(1, image_end(config));
 	if (image == NULL)
 		return NULL;
 	memcpy(image + PAYLOAD_CODE, __start_vmm_guest, code);
 	make_tables(image, config);
-	make_tss(image + PAYLOAD_TSS);
+	payload_arch_image(image);
 	*len = image_end(config);
 	return image;
-}
-
-struct vmm_entry payload_entry(unsigned index)
-{
-	struct vmm_entry entry = {.cpl = 3, .cr3 = PAYLOAD_PML4, .tss = PAYLOAD_TSS, .tss_limit = TSS_LIMIT};
-
-	entry.rip = PAYLOAD_CODE + ((const char *)(uintptr_t)guest_main - __start_vmm_guest);
-	entry.rsp = PAYLOAD_STACK + (index + 1) * PAGE - 8; /* as after a call: System V ABI, 3.2.2 */
-	entry.rdi = PAYLOAD_MAILBOX + index * PAGE;
-	entry.rsi = 0;
-	return entry;
 }
 
 /* -- ports ------------------------------------------------------------------------------------ */
@@ -166,7 +130,7 @@ static void *clone_port(void *opaque, struct vmm *parent)
 static int add_port(struct vmm *vmm)
 {
 	struct payload_port *port = calloc(1, sizeof(*port));
-	struct vmm_device device = {VMM_PIO, PAYLOAD_PORT_DONE, 12, access_port, clone_port, free, port};
+	struct vmm_device device = {PAYLOAD_SPACE, PAYLOAD_PORTS + PAYLOAD_PORT_DONE, 12, access_port, clone_port, free, port};
 	int r;
 
 	if (port == NULL)
@@ -217,7 +181,7 @@ static int enter(struct vmm *vmm)
 		entry = payload_entry(i);
 		r = payload_put(vmm, i, &empty);
 		if (r == 0)
-			r = vmm_vcpu_enter_long_mode(vmm->vcpu[i], &entry);
+			r = vmm_vcpu_enter(vmm->vcpu[i], &entry);
 		if (r < 0)
 			return r;
 	}
@@ -276,7 +240,7 @@ int payload_go(struct vmm *vmm, unsigned index)
 /* The thread ended by a report, and not for another reason. */
 static int reported(const struct vmm_vcpu *vcpu)
 {
-	if (vcpu->result == VMM_STOP && vcpu->reason == KVM_EXIT_IO)
+	if (vcpu->result == VMM_STOP && vcpu->reason == PAYLOAD_EXIT)
 		return 0;
 	return vcpu->result < 0 ? vcpu->result : -EIO;
 }

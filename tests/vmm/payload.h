@@ -1,10 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Payloads: small programs that run as a guest without firmware or kernel, in
- * 64-bit mode at CPL 3, so that they also run at full speed where KVM emulates
+ * Payloads: small programs that run as a guest without firmware or kernel.
+ *
+ * x86-64: in 64-bit mode at CPL 3, so that they also run at full speed where KVM emulates
  * the kernel mode of its guests. OUT is their hypercall: IOPL is 3, and as not
  * every KVM keeps a guest's IOPL, there is a task state segment whose bitmap
  * allows all ports (Intel SDM volume 1, 19.5.2).
+ *
+ * arm64: at EL1 with the MMU and caches on. Their hypercall is a load or store at
+ * PAYLOAD_PORTS, where there is no memory.
  *
  * structures
  *	payload_mailbox	a page of guest memory for each vCPU: parameters in, results out
@@ -14,10 +18,11 @@
  * Guest memory:
  *	0x1000		struct vmm_identity
  *	0x2000		code
+ *	0x7000		arm64: what the last exception said (PAYLOAD_FAULT)
  *	0x8000		root of the page tables, 0x9000 the next level
  *	0x10000		mailboxes, a page for each vCPU
  *	0x50000		stacks, a page for each vCPU
- *	0x90000		task state segment, 3 pages
+ *	0x90000		x86: task state segment, 3 pages
  *	0x100000	the other page tables
  *	payload_free()	first page that a payload does not use
  *
@@ -35,6 +40,7 @@
 
 #define PAYLOAD_IDENTITY 0x1000
 #define PAYLOAD_CODE	 0x2000
+#define PAYLOAD_CODE_MAX 0x5000
 #define PAYLOAD_PML4	 0x8000
 #define PAYLOAD_PDPT	 0x9000
 #define PAYLOAD_MAILBOX	 0x10000
@@ -42,6 +48,25 @@
 #define PAYLOAD_TSS	 0x90000
 #define PAYLOAD_TABLES	 0x100000
 
+#if defined(__x86_64__)
+#define PAYLOAD_SPACE	  VMM_PIO
+#define PAYLOAD_PORTS	  0
+#define PAYLOAD_EXIT	  KVM_EXIT_IO
+#define PAYLOAD_EXIT_FAULT KVM_EXIT_SHUTDOWN /* an exception ends the guest */
+#else
+#define PAYLOAD_SPACE	  VMM_MMIO
+#define PAYLOAD_PORTS	  0xc0000000u /* device memory of 1 GiB, the hole of vmm_pc_layout() */
+#define PAYLOAD_EXIT	  KVM_EXIT_MMIO
+#define PAYLOAD_EXIT_FAULT KVM_EXIT_SYSTEM_EVENT
+#define PAYLOAD_FAULT	  0x7000
+#define PAYLOAD_FAULT_TEXT "0x7000"
+/* What an exception leaves at PAYLOAD_FAULT. */
+struct payload_fault {
+	uint64_t esr, far, elr, spsr;
+};
+#endif
+
+/* From PAYLOAD_PORTS on. */
 enum payload_port_number {
 	PAYLOAD_PORT_DONE = 0x500,  /* 4 bytes out: `done` */
 	PAYLOAD_PORT_STOP = 0x504,  /* 4 bytes out */
@@ -133,6 +158,16 @@ uint64_t payload_free(const struct payload_config *config);
  * the same for all programs.
  */
 void *payload_image(const struct payload_config *config, size_t *len);
+/* Bits of the tables' entries beside the address. */
+struct payload_entries {
+	uint64_t table, large, page;
+};
+extern const struct payload_entries payload_entries;
+/* What the architecture has in the image besides. */
+void payload_arch_image(char *image);
+/* The code, copied to PAYLOAD_CODE. The linker names the ends of a section. */
+extern const char __start_vmm_guest[] __attribute__((visibility("hidden")));
+extern const char __stop_vmm_guest[] __attribute__((visibility("hidden")));
 /* Registers with which vCPU `index` begins. */
 struct vmm_entry payload_entry(unsigned index);
 

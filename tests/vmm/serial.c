@@ -169,7 +169,7 @@ static int access_port(struct vmm_vcpu *vcpu, void *opaque, uint64_t offset, voi
 int vmm_serial_create(struct vmm *vmm, struct vmm_serial **out)
 {
 	struct vmm_serial *serial = calloc(1, sizeof(*serial));
-	struct vmm_device device = {VMM_PIO, VMM_SERIAL_BASE, 8, access_port, NULL, NULL, serial};
+	struct vmm_device device = {VMM_SERIAL_SPACE, VMM_SERIAL_BASE, 8, access_port, NULL, NULL, serial};
 	int r;
 
 	if (serial == NULL)

@@ -28,7 +28,7 @@
 #include <sys/ioctl.h>
 #include <time.h>
 
-#include "vmm.h"
+#include "arch.h"
 
 #define KICK (SIGRTMIN + 2)
 
@@ -420,7 +420,9 @@ int vmm_vcpu_start(struct vmm_vcpu *vcpu)
 	vcpu->stop = vcpu->stopping = false;
 	vcpu->result = -ECANCELED; /* what stays if the thread ends half-way */
 	vcpu->reason = KVM_EXIT_UNKNOWN;
-	err = pthread_create(&vcpu->thread, NULL, thread_main, vcpu);
+	err = -vmm_arch_ready(vmm);
+	if (!err)
+		err = pthread_create(&vcpu->thread, NULL, thread_main, vcpu);
 	if (err) {
 		pthread_mutex_lock(&vmm->lock);
 		set_state(vcpu, before);

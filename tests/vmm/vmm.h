@@ -45,6 +45,7 @@
 
 #include <linux/kvm.h>
 
+struct kvm_cpuid2; /* of x86 */
 struct vmm;
 struct vmm_vcpu;
 struct vmm_ram;
@@ -90,7 +91,10 @@ struct vmm_ram {
 	struct vmm_region region[VMM_REGIONS];
 };
 
-/* Bytes of memory as PC hardware lays them out: a hole from 3 to 4 GiB. Returns the number of regions (1 or 2). */
+/*
+ * Bytes of memory as PC hardware lays them out: a hole from 3 to 4 GiB. Returns the number of regions (1 or 2).
+ * The arm64 machine has its devices in the same hole.
+ */
 unsigned vmm_pc_layout(uint64_t len, struct vmm_region region[VMM_REGIONS]);
 /* plain.c: anonymous memory of this process; clones are copies made by memcpy. */
 int vmm_ram_plain(const struct vmm_region *region, unsigned n, struct vmm_ram **out);
@@ -117,7 +121,7 @@ enum vmm_result {
 };
 
 enum vmm_space {
-	VMM_PIO = 0,
+	VMM_PIO = 0,  /* x86 */
 	VMM_MMIO = 1,
 };
 
@@ -138,14 +142,14 @@ struct vmm_device {
 /* Before vCPUs run. -ENOSPC: VMM_DEVICES are there. Where nothing answers, reads are all ones. */
 int vmm_add_device(struct vmm *vmm, const struct vmm_device *device);
 
-/* Interrupt line `gsi` of the in-kernel chips. -ENXIO without VMM_IRQCHIP. Any thread. */
+/* Interrupt line `gsi` of the in-kernel chips; arm64: the number of an SPI. -ENXIO without VMM_IRQCHIP. Any thread. */
 int vmm_irq(struct vmm *vmm, unsigned gsi, bool level);
 
 /* -- the VM --------------------------------------------------------------------------------- */
 
 enum vmm_flags {
-	VMM_IRQCHIP = 1u << 0, /* in-kernel PICs, IOAPIC, LAPICs and PIT, TSS address set */
-	VMM_SERIAL = 1u << 1,  /* a 16550 at ports 0x3f8, interrupt 4 */
+	VMM_IRQCHIP = 1u << 0, /* in-kernel PICs, IOAPIC, LAPICs and PIT, TSS address set; arm64: GICv3, or GICv2 */
+	VMM_SERIAL = 1u << 1,  /* a 16550 at VMM_SERIAL_BASE */
 };
 
 struct vmm_config {
@@ -160,7 +164,7 @@ struct vmm_config {
 	 * Returns enum vmm_result or -errno. NULL: ports and MMIO read all ones, else the vCPU stops.
 	 */
 	int (*exit)(struct vmm_vcpu *vcpu, struct kvm_run *run, void *opaque);
-	/* Changes the CPUID (what KVM supports, with this vCPU's APIC id) before it is set. NULL: taken as it is. */
+	/* x86: changes the CPUID (what KVM supports, with this vCPU's APIC id) before it is set. NULL: taken as it is. */
 	void (*cpuid)(struct kvm_cpuid2 *cpuid, unsigned index, void *opaque);
 	void *opaque;
 };
@@ -183,7 +187,7 @@ enum vmm_vcpu_state {
 
 struct vmm_vcpu {
 	struct vmm *vmm;
-	unsigned index;           /* 0 .. , the APIC id too */
+	unsigned index;           /* 0 .. , the APIC id too; KVM makes arm64's MPIDR of it */
 	int fd;
 	struct kvm_run *run;
 	size_t run_len;
@@ -214,7 +218,10 @@ struct vmm {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;     /* a vCPU's state, or parks or pauses became 0 */
 	unsigned parks, pauses;     /* calls that are open */
-	struct kvm_cpuid2 *cpuid;   /* what KVM supports */
+	struct kvm_cpuid2 *cpuid;   /* x86: what KVM supports */
+	int gic;                    /* arm64: descriptor of the GIC, -1: none */
+	uint32_t gic_version;       /* arm64: 2 or 3 */
+	bool gic_ready;             /* arm64: it knows its vCPUs */
 	struct vmm_identity identity; /* the last one that vmm_identify() made */
 };
 
@@ -229,7 +236,10 @@ int vmm_create(const struct vmm_config *config, struct vmm **out);
 /* Stops the vCPUs, closes everything, destroys the memory. NULL is fine. Not on a vCPU's thread. */
 void vmm_destroy(struct vmm *vmm);
 
-/* Adds a vCPU; it is created as KVM resets it (vCPU 0 runnable, others wait for SIPI if VMM_IRQCHIP). */
+/*
+ * Adds a vCPU; it is created as KVM resets it (vCPU 0 runnable, others wait for SIPI or PSCI CPU_ON if VMM_IRQCHIP).
+ * arm64: -EBUSY if it has VMM_IRQCHIP and a vCPU was started before.
+ */
 int vmm_add_vcpu(struct vmm *vmm, struct vmm_vcpu **out);
 
 /* Gives an IDLE or STOPPED vCPU a thread (parked while parks are open). -EBUSY: it has one. */
@@ -271,6 +281,7 @@ int vmm_dispatch(struct vmm_vcpu *vcpu);
 
 /* -- registers ---------------------------------------------------------------------------- */
 
+#if defined(__x86_64__)
 struct vmm_entry {
 	uint64_t rip, rsp, rflags;   /* rflags 0: 2, and 3002 for CPL 3 */
 	uint64_t cr3;
@@ -282,30 +293,49 @@ struct vmm_entry {
 	uint32_t tss_limit;          /* 0: 67, no bitmap */
 	uint16_t cs, ss, ds;         /* selectors; 0: 0x10, 0x18, 0x18 for CPL 0, 0x33, 0x2b, 0x2b for CPL 3 */
 };
-/* 64-bit mode with flat segments, interrupts off, MP state runnable. The vCPU is not RUNNING. */
-int vmm_vcpu_enter_long_mode(struct vmm_vcpu *vcpu, const struct vmm_entry *entry);
+#else
+struct vmm_entry {
+	uint64_t pc, sp;             /* sp: SP_EL1 */
+	uint64_t x0, x1, x2, x3;
+	uint64_t pstate;             /* 0: EL1 with its own stack, D, A, I and F masked */
+	uint64_t sctlr;              /* of EL1; 0: as KVM resets it, MMU and caches off */
+	uint64_t ttbr0, tcr, mair, vbar;
+};
+#endif
+/*
+ * x86: 64-bit mode with flat segments. arm64: EL1, 64 bits. Interrupts off, MP state runnable. The vCPU is
+ * not RUNNING.
+ */
+int vmm_vcpu_enter(struct vmm_vcpu *vcpu, const struct vmm_entry *entry);
 
 /* -- serial.c: a 16550 ----------------------------------------------------------------------- */
 
-#define VMM_SERIAL_BASE 0x3f8
-#define VMM_SERIAL_IRQ	4
+#if defined(__x86_64__)
+#define VMM_SERIAL_SPACE VMM_PIO
+#define VMM_SERIAL_BASE	 0x3f8
+#define VMM_SERIAL_IRQ	 4
+#else
+#define VMM_SERIAL_SPACE VMM_MMIO
+#define VMM_SERIAL_BASE	 0xfd000000
+#define VMM_SERIAL_IRQ	 1 /* SPI */
+#endif
 
 int vmm_serial_create(struct vmm *vmm, struct vmm_serial **out);
 void vmm_serial_destroy(struct vmm_serial *serial);
 /* Bytes for the guest to read. Returns how many the FIFO took. Any thread. */
 size_t vmm_serial_input(struct vmm_serial *serial, const void *bytes, size_t n);
 
-/* -- state.c: everything but memory ------------------------------------------------------------- */
+/* -- x86_state.c, arm64_state.c: everything but memory ------------------------------------------------------------- */
 
 /* Takes the state of a VM; parked. What KVM cannot give is left out and counted. */
 int vmm_state_save(struct vmm *vmm, struct vmm_state **out);
 /*
  * Puts it into a new VM of the same flags that has no vCPU yet: makes vCPUs, none is started. Returns how many
- * MSRs and parts could not be set, or -errno.
+ * registers and parts could not be set, or -errno.
  */
 int vmm_state_restore(struct vmm *vmm, const struct vmm_state *state);
 void vmm_state_destroy(struct vmm_state *state);
-/* How many MSRs and parts of what this KVM has could not be read. */
+/* How many registers and parts of what this KVM has could not be read. */
 unsigned vmm_state_skipped(const struct vmm_state *state);
 /* Whether vCPU `index` had a thread. */
 bool vmm_state_started(const struct vmm_state *state, unsigned index);
@@ -338,10 +368,10 @@ int vmm_identify(struct vmm *vmm, const struct vmm_identity *parent);
 /* -- between the files ---------------------------------------------------------------------------- */
 
 void vmm_install_kick(void);
-/* vmm_add_vcpu() with a given CPUID; NULL: what KVM supports, changed by config.cpuid. */
+/* vmm_add_vcpu(); x86: with a given CPUID; NULL: what KVM supports, changed by config.cpuid. */
 int vmm_make_vcpu(struct vmm *vmm, const struct kvm_cpuid2 *cpuid, struct vmm_vcpu **out);
 
-/* What a 16550 knows, for state.c. */
+/* What a 16550 knows, for the state. */
 #define VMM_SERIAL_FIFO 64
 struct vmm_serial_state {
 	uint8_t ier, fcr, lcr, mcr, scr, dll, dlm;
@@ -352,10 +382,10 @@ struct vmm_serial_state {
 void vmm_serial_save(struct vmm_serial *serial, struct vmm_serial_state *state);
 void vmm_serial_restore(struct vmm_serial *serial, const struct vmm_serial_state *state);
 
-/* -- boot.c: direct boot of Linux ------------------------------------------------------------------- */
+/* -- boot.h: direct boot of Linux ------------------------------------------------------------------- */
 
 /*
- * Loads a kernel (bzImage or vmlinux), initrd (may be NULL) and command line into the memory of a VM with
+ * Loads a kernel (bzImage or vmlinux; arm64: Image), initrd (may be NULL) and command line into the memory of a VM with
  * one vCPU or more that are IDLE, and sets vCPU 0 to its entry.
  */
 int vmm_boot_linux(struct vmm *vmm, const char *kernel, const char *initrd, const char *cmdline);

@@ -17,7 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "boot.h"
+#include "x86_boot.h"
 
 #define PM1_EVENT   0 /* status, enable: 2 bytes each */
 #define PM1_CONTROL 4

@@ -11,7 +11,7 @@
 #include <errno.h>
 #include <string.h>
 
-#include "boot.h"
+#include "x86_boot.h"
 
 #define PHDRS_MAX 64u
 /* COMMAND_LINE_SIZE of Linux on x86 with its NUL; vmlinux does not say its own. */

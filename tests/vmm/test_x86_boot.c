@@ -16,7 +16,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "boot.h"
+#include "x86_boot.h"
 
 #define MIB	 ((uint64_t)1 << 20)
 #define GIB	 ((uint64_t)1 << 30)

@@ -10,7 +10,7 @@
 #include <errno.h>
 #include <string.h>
 
-#include "boot.h"
+#include "x86_boot.h"
 
 #define HEADER_AT    0x1f1u
 #define HEADER_MAGIC 0x53726448u /* "HdrS" */

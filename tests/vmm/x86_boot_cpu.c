@@ -13,7 +13,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 
-#include "boot.h"
+#include "x86_boot.h"
 
 #define LEAF1_ECX_TSC_DEADLINE (1u << 24)
 #define LEAF1_ECX_HYPERVISOR   (1u << 31)
@@ -169,5 +169,5 @@ int boot_cpus(struct vmm *vmm, const struct boot_entry *entry)
 		if (!err)
 			err = set_msrs(vmm->vcpu[i]);
 	}
-	return err ? err : vmm_vcpu_enter_long_mode(vmm->vcpu[0], &state);
+	return err ? err : vmm_vcpu_enter(vmm->vcpu[0], &state);
 }
