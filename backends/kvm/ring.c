@@ -144,7 +144,7 @@ static struct kvm_dirty_gfn *ring_entry(const struct ring *ring, uint32_t index)
 /* (2) */
 static uint32_t entry_flags(const struct kvm_dirty_gfn *e)
 {
-	return __atomic_load_n(&e->flags, __ATOMIC_ACQUIRE) & KVM_DIRTY_GFN_F_MASK;
+	return load_acquire(&e->flags) & KVM_DIRTY_GFN_F_MASK;
 }
 
 /* Neighbours become one run. False: no room, and nothing was put. */
@@ -175,7 +175,7 @@ static bool ring_take(struct rings *r, struct ring *ring, const struct slots *s)
 			break;
 		if (slots_gfn(s, e->slot, e->offset, &gfn) && !batch_put(r, gfn))
 			return false;
-		__atomic_store_n(&e->flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE); /* (3) */
+		store_release(&e->flags, KVM_DIRTY_GFN_F_RESET); /* (3) */
 	}
 	return true;
 }

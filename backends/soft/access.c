@@ -25,11 +25,11 @@
 
 uint64_t slow_begin(struct kage_vcpu *v)
 {
-	uint64_t win = __atomic_load_n(&v->head.win, __ATOMIC_RELAXED);
+	uint64_t win = READ_ONCE(v->head.win);
 
 	atomic_store_explicit(&v->cpu.slow_thread, (uintptr_t)pthread_self(), memory_order_relaxed);
 	if (win & 1)
-		__atomic_store_n(&v->head.win, win + 1, __ATOMIC_RELEASE);
+		store_release(&v->head.win, win + 1);
 	return win;
 }
 
@@ -38,7 +38,7 @@ void slow_end(struct kage_vcpu *v, uint64_t win)
 	atomic_store_explicit(&v->cpu.slow_thread, 0, memory_order_release);
 	if (!(win & 1))
 		return;
-	__atomic_store_n(&v->head.win, win + 2, __ATOMIC_RELAXED);
+	WRITE_ONCE(v->head.win, win + 2);
 	if (v->fast)
 		KAGE_WINDOW_FENCE();
 	else
@@ -250,10 +250,10 @@ void kage_vcpu_enter(struct kage_vcpu *v)
 
 void kage_vcpu_leave(struct kage_vcpu *v)
 {
-	uint64_t win = __atomic_load_n(&v->head.win, __ATOMIC_RELAXED);
+	uint64_t win = READ_ONCE(v->head.win);
 
 	if (win & 1)
-		__atomic_store_n(&v->head.win, win + 1, __ATOMIC_RELEASE);
+		store_release(&v->head.win, win + 1);
 	atomic_store_explicit(&v->cpu.enter_thread, 0, memory_order_relaxed);
 	tlb_park(v);
 }

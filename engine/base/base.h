@@ -64,6 +64,10 @@
 #define WRITE_ONCE(x, v) __atomic_store_n((PLAIN_TYPE(x) *)&(x), (v), __ATOMIC_RELAXED)
 #define load_acquire(p) __atomic_load_n((PLAIN_TYPE(*(p)) *)(p), __ATOMIC_ACQUIRE)
 #define store_release(p, v) __atomic_store_n((PLAIN_TYPE(*(p)) *)(p), (v), __ATOMIC_RELEASE)
+#define add_relaxed(p, n) __atomic_fetch_add((PLAIN_TYPE(*(p)) *)(p), (n), __ATOMIC_RELAXED)
+/* Of guest memory, which is nobody's _Atomic. */
+#define cas_acq_rel(p, old, v) \
+	__atomic_compare_exchange_n((p), (old), (v), false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)
 
 static inline void cpu_relax(void)
 {

@@ -124,11 +124,15 @@ static void log_free(struct dirty_log *log)
 
 /* -- marking ------------------------------------------------------------------------- */
 
+/*
+ * The word, then its summary bit; a harvest takes them the other way round. All of it seq_cst: a summary bit that is
+ * seen here, and stays unset therefore, must not be one that the harvest has taken before the word's bit was there.
+ */
 static void chunk_mark(struct chunk *c, unsigned word, uint64_t bits)
 {
 	if ((atomic_load_explicit(&c->word[word], memory_order_relaxed) & bits) != bits)
-		atomic_fetch_or_explicit(&c->word[word], bits, memory_order_release);
-	if (!(atomic_load_explicit(&c->summary[word / 64], memory_order_relaxed) >> (word % 64) & 1))
+		atomic_fetch_or_explicit(&c->word[word], bits, memory_order_seq_cst);
+	if (!(atomic_load_explicit(&c->summary[word / 64], memory_order_seq_cst) >> (word % 64) & 1))
 		atomic_fetch_or_explicit(&c->summary[word / 64], (uint64_t)1 << (word % 64), memory_order_release);
 }
 
@@ -241,9 +245,9 @@ static void harvest_word(struct harvest *h, struct chunk *c, unsigned word, gfn_
 	uint64_t mask = word_mask(h, first), bits;
 
 	if (mask == ~(uint64_t)0)
-		bits = atomic_exchange_explicit(&c->word[word], 0, memory_order_acquire);
+		bits = atomic_exchange_explicit(&c->word[word], 0, memory_order_seq_cst);
 	else
-		bits = atomic_fetch_and_explicit(&c->word[word], ~mask, memory_order_acquire) & mask;
+		bits = atomic_fetch_and_explicit(&c->word[word], ~mask, memory_order_seq_cst) & mask;
 	if (bits)
 		h->take(h, first, bits);
 	if (atomic_load_explicit(&c->word[word], memory_order_relaxed)) /* neighbours outside, or handed back */
@@ -263,7 +267,7 @@ static void harvest_chunk(struct harvest *h, struct chunk *c, gfn_t base, uint64
 			summary &= ~(uint64_t)0 << (from / 64 - lo);
 		if ((to - 1) / 64 + 1 < hi)
 			summary &= ~(uint64_t)0 >> (hi - ((to - 1) / 64 + 1));
-		summary &= atomic_fetch_and_explicit(&c->summary[s], ~summary, memory_order_acq_rel);
+		summary &= atomic_fetch_and_explicit(&c->summary[s], ~summary, memory_order_seq_cst);
 		for (; summary; summary &= summary - 1) {
 			unsigned word = lo + __builtin_ctzll(summary);
 

@@ -442,7 +442,7 @@ static bool home_claim_page(struct pool *pool, pfn_t pfn)
 	struct frame *f = pfn_frame(pool, pfn);
 	uint32_t used = atomic_load_explicit(&b->used, memory_order_relaxed);
 
-	if (refs_read(f) || READ_ONCE(f->bits))
+	if (refs_read(f) || load_acquire(&f->bits)) /* bits last: pairs with clear_frames() */
 		return false;
 	do {
 		if (used >= BLOCK_PAGES)

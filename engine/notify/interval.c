@@ -50,12 +50,12 @@ static struct interval_priv *priv_of(struct kage_interval *i)
 
 static struct notify *home_of(struct kage_interval *i)
 {
-	return __atomic_load_n(&priv_of(i)->notify, __ATOMIC_ACQUIRE);
+	return load_acquire(&priv_of(i)->notify);
 }
 
 static void home_set(struct kage_interval *i, struct notify *n)
 {
-	__atomic_store_n(&priv_of(i)->notify, n, __ATOMIC_RELEASE);
+	store_release(&priv_of(i)->notify, n);
 }
 
 /* --- the tree --- */

@@ -196,12 +196,12 @@ bool notify_test_young(struct notify *n, gfn_t start, gfn_t end)
 
 static struct notify *home_of(struct kage_notifier *l)
 {
-	return __atomic_load_n((struct notify **)&l->priv[0], __ATOMIC_ACQUIRE);
+	return load_acquire((struct notify **)&l->priv[0]);
 }
 
 static void home_set(struct kage_notifier *l, struct notify *n)
 {
-	__atomic_store_n((struct notify **)&l->priv[0], n, __ATOMIC_RELEASE);
+	store_release((struct notify **)&l->priv[0], n);
 }
 
 int notify_register(struct notify *n, struct kage_notifier *l, const struct kage_notifier_ops *ops)

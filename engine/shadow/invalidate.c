@@ -134,7 +134,7 @@ static bool others_running(struct shadow *s)
 
 static bool window_moved(const struct shadow_cpu *cpu, uint64_t win)
 {
-	return __atomic_load_n(cpu->win, __ATOMIC_ACQUIRE) != win;
+	return load_acquire(cpu->win) != win;
 }
 
 static int wait_moved(struct shadow *s, struct shadow_cpu *cpu, uint64_t win)
@@ -149,7 +149,7 @@ static int wait_moved(struct shadow *s, struct shadow_cpu *cpu, uint64_t win)
 			return 0;
 		cpu_relax();
 	}
-	__atomic_fetch_add(cpu->wanted, 1, __ATOMIC_RELAXED);
+	add_relaxed(cpu->wanted, 1);
 	while (!window_moved(cpu, win) && !r) {
 		if (now_ns() - start > limit)
 			r = -ETIMEDOUT;
@@ -158,13 +158,13 @@ static int wait_moved(struct shadow *s, struct shadow_cpu *cpu, uint64_t win)
 		else
 			nanosleep(&nap, NULL);
 	}
-	__atomic_fetch_sub(cpu->wanted, 1, __ATOMIC_RELAXED);
+	add_relaxed(cpu->wanted, -1);
 	return r;
 }
 
 static int wait_window(struct shadow *s, struct shadow_cpu *cpu, bool blockable)
 {
-	uint64_t win = __atomic_load_n(cpu->win, __ATOMIC_ACQUIRE);
+	uint64_t win = load_acquire(cpu->win);
 
 	if (!(win & 1))
 		return 0;

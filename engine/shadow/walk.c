@@ -204,8 +204,7 @@ static int update_entry(struct shadow_cpu *cpu, const struct pt_guest_step *step
 	if (!r) {
 		entry = (uint64_t *)((char *)pfn_hva(cpu->shadow->mm->host->pool, f.pfn) +
 				     gpa_offset(GPA(step->gpa)));
-		if (!__atomic_compare_exchange_n(entry, &old, old | bits, false, __ATOMIC_ACQ_REL,
-						 __ATOMIC_RELAXED))
+		if (!cas_acq_rel(entry, &old, old | bits))
 			r = KAGE_RETRY;
 	}
 	notify_read_end(&cpu->reader);

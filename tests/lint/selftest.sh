@@ -49,6 +49,14 @@ calls() {
 	ar crs "$tmp/core.a" "$tmp"/*.o
 	expect "$1" "$2" "$3" sh "$here/calls.sh" "$graph" "$tmp/core.a"
 }
+atomics() { expect "$1" "$2" "$3" sh "$here/atomics.sh" "$tmp/tree"; }
+fresh_atomics() {
+	fresh
+	mkdir -p "$tmp/tree/include"
+	printf 'int mm_g(int *p)\n{\n\treturn load_acquire(p);\n}\n' >>"$tmp/tree/engine/mm/m.c"
+	printf '## Memory ordering\n| where | partner | what breaks |\n|---|---|---|\n| mm/m.c `mm_g()` | frame/f.c `frame_f()` | x |\n' \
+		>"$tmp/tree/engine/README.md"
+}
 plant() { printf '%s\n' "$2" >>"$tmp/tree/$1"; }
 
 fresh
@@ -74,6 +82,26 @@ fresh
 mkdir "$tmp/tree/engine/attic"
 plant engine/attic/a.c "$spdx"
 layers "a folder that the graph does not know" 1 '"attic" is not in the layer graph'
+
+fresh_atomics
+atomics "clean tree" 0 "1 places are in the table"
+plant engine/mm/m.c 'int mm_h(int *p) { return atomic_load_explicit(p, memory_order_acquire); }'
+atomics "a place that is not in the table" 1 "engine/mm/m.c:13: mm_h() orders memory"
+fresh_atomics
+plant engine/README.md '| mm/m.c `mm_gone()` | - | x |'
+atomics "a row for a place that is gone" 1 "engine/README.md: mm/m.c has no mm_gone()"
+fresh_atomics
+plant engine/mm/m.c 'static volatile int mm_word; /* volatile */'
+atomics "volatile" 1 "m.c:13: volatile is no atomic"
+fresh_atomics
+plant engine/mm/m.c 'int mm_h(int *p) { return __sync_fetch_and_add(p, 1); }'
+atomics "an old builtin" 1 "m.c:13: a builtin in place"
+fresh_atomics
+plant backends/soft/s.c 'int soft_h(int *p) { return __atomic_load_n(p, 0); }'
+atomics "a builtin" 1 "s.c:9: a builtin in place"
+fresh_atomics
+plant engine/mm/m.c 'void mm_h(void) { __asm__("nop"); }'
+atomics "assembly" 1 "m.c:13: assembly"
 
 fresh
 plant engine/frame/f.c 'int mm_f(void); int frame_g(void) { return mm_f(); }'
