@@ -98,11 +98,17 @@ int uffd_unregister(const struct uffd *u, void *addr, size_t len)
 	return ioctl(u->fd, UFFDIO_UNREGISTER, &arg) == 0 ? 0 : -errno;
 }
 
-static int write_protect(const struct uffd *u, void *addr, size_t len, uint64_t mode)
+/* Before Linux 6.4 the range has to lie in one mapping, and -ENOENT says that it does not: in halves then. */
+static int write_protect(const struct uffd *u, char *addr, size_t len, uint64_t mode)
 {
 	struct uffdio_writeprotect arg = {.range = range_of(addr, len), .mode = mode};
+	size_t half = len / 2 & ~(size_t)(PAGE_SIZE - 1);
+	int r = ioctl(u->fd, UFFDIO_WRITEPROTECT, &arg) == 0 ? 0 : -errno;
 
-	return ioctl(u->fd, UFFDIO_WRITEPROTECT, &arg) == 0 ? 0 : -errno;
+	if (r != -ENOENT || !half)
+		return r;
+	r = write_protect(u, addr, half, mode);
+	return r ? r : write_protect(u, addr + half, len - half, mode);
 }
 
 int uffd_protect(const struct uffd *u, void *addr, size_t len)
