@@ -182,19 +182,30 @@ static int access_long(struct access *a, size_t len)
 	return KAGE_OK;
 }
 
+/* A fault's address has the tag that the access had. */
+static void put_fault(const struct kage_vcpu *v, const struct kage_fault *found, uint64_t gva, struct kage_fault *out)
+{
+	uint64_t tag = ~(uint64_t)0 << 56;
+
+	*out = *found;
+	if (unlikely(v->tags))
+		out->gva = (found->gva & ~tag) | (gva & tag);
+}
+
 static int access_slow(struct kage_vcpu *v, uint64_t gva, void *buf, size_t len, unsigned kind,
 		       struct kage_fault *fault)
 {
 	struct kage_fault found = {.gva = gva, .access = 1u << kind};
-	struct access a = {.v = v, .gva = gva, .buf = buf, .len = len, .kind = kind, .fault = &found};
+	struct access a = {.v = v, .buf = buf, .len = len, .kind = kind, .fault = &found};
 	int r;
 
 	if (!v || !buf || !len)
 		return -EINVAL;
+	a.gva = untagged(v, gva);
 	tlb_ready(v);
 	r = len <= PAGE_SIZE ? access_piece(&a) : access_long(&a, len);
 	if (r && fault)
-		*fault = found;
+		put_fault(v, &found, gva, fault);
 	return r;
 }
 
@@ -207,6 +218,7 @@ static inline bool access_quick(struct kage_vcpu *v, uint64_t gva, void *buf, si
 	if (unlikely(!v || len > 8 || (len & (len - 1)) || !len || !buf ||
 		     (gva & (PAGE_SIZE - 1)) > PAGE_SIZE - len))
 		return false;
+	gva = untagged(v, gva);
 	tlb_ready(v);
 	if (!tlb_probe(v, gva, len, kind) && !tlb_refill(v, gva, kind))
 		return false;
@@ -277,26 +289,28 @@ int kage_vcpu_ptr(struct kage_vcpu *v, uint64_t gva, size_t len, uint32_t access
 		  struct kage_fault *fault)
 {
 	struct kage_fault found = {.gva = gva, .access = access};
-	struct access a = {.v = v, .gva = gva, .len = len, .fault = &found};
+	struct access a = {.v = v, .len = len, .fault = &found};
+	uint64_t at;
 	struct kage_tlb_entry *e;
 
 	if (!v || !ptr || !len || !access || (access & ~(uint32_t)(KAGE_READ | KAGE_WRITE)) ||
 	    len > PAGE_SIZE - (gva & (PAGE_SIZE - 1)) ||
 	    !atomic_load_explicit(&v->cpu.enter_thread, memory_order_relaxed))
 		return -EINVAL;
-	while (!(e = probe_all(v, gva, len, access))) {
+	at = a.gva = untagged(v, gva);
+	while (!(e = probe_all(v, at, len, access))) {
 		int r = KAGE_OK;
 
 		for (a.kind = 0; a.kind < 2 && !r; a.kind++)
 			if (access & (1u << a.kind))
-				r = ensure(&a, gva, SHADOW_UNTRACK);
+				r = ensure(&a, at, SHADOW_UNTRACK);
 		if (r) {
 			if (fault)
-				*fault = found;
+				put_fault(v, &found, gva, fault);
 			return r;
 		}
 	}
-	*ptr = kage_tlb_hva(e, gva);
+	*ptr = kage_tlb_hva(e, at);
 	return KAGE_OK;
 }
 
@@ -310,7 +324,7 @@ int kage_vcpu_translate(struct kage_vcpu *v, uint64_t gva, uint32_t access, stru
 	    (access & KAGE_RWX & ((access & KAGE_RWX) - 1)))
 		return -EINVAL;
 	win = slow_begin(v);
-	r = shadow_translate(&v->cpu, gva, access, &found);
+	r = shadow_translate(&v->cpu, untagged(v, gva), access, &found);
 	slow_end(v, win);
 	if (r >= 0)
 		*fault = found;

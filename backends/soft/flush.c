@@ -12,6 +12,7 @@
 
 static int flush_page(struct kage_vcpu *v, uint64_t gva)
 {
+	gva = untagged(v, gva);
 	shadow_sync_page(&v->cpu, gva);
 	tlb_drop_page(v, gva);
 	return KAGE_OK;
@@ -21,29 +22,6 @@ static int flush_page(struct kage_vcpu *v, uint64_t gva)
 static int flush_all(struct kage_vcpu *v)
 {
 	shadow_sync_all(v->cpu.shadow);
-	return KAGE_OK;
-}
-
-/* SDM vol. 2, INVPCID: types 0 and 1 take a PCID other than 0 only with CR4.PCIDE. */
-static bool asid_valid(const struct kage_vcpu *v, uint64_t asid)
-{
-	return asid <= 0xfff && (!asid || (v->regs.cr4 & CR4_PCIDE));
-}
-
-static int flush_cr3(struct kage_vcpu *v, uint64_t value)
-{
-	struct kage_x86_regs regs = v->regs;
-	int r;
-
-	regs.cr3 = value;
-	r = x86_check_regs(v, &regs);
-	if (r)
-		return r == -EOPNOTSUPP ? -EINVAL : r;
-	regs.cr3 &= ~CR3_NOFLUSH;
-	if (!(value & CR3_NOFLUSH))
-		flush_all(v);
-	v->regs = regs;
-	vcpu_switch(v);
 	return KAGE_OK;
 }
 
@@ -68,13 +46,13 @@ int kage_vcpu_flush(struct kage_vcpu *v, const struct kage_flush *flush)
 		r = flush_page(v, f.gva);
 		break;
 	case KAGE_FLUSH_ASID:
-		r = asid_valid(v, f.asid) ? flush_all(v) : -EINVAL;
+		r = v->arch->asid_valid(v, f.asid) ? flush_all(v) : -EINVAL;
 		break;
 	case KAGE_FLUSH_PAGE_ASID:
-		r = asid_valid(v, f.asid) ? flush_page(v, f.gva) : -EINVAL;
+		r = v->arch->asid_valid(v, f.asid) ? flush_page(v, f.gva) : -EINVAL;
 		break;
 	case KAGE_FLUSH_CR3:
-		r = flush_cr3(v, f.value);
+		r = v->arch->flush_cr3 ? v->arch->flush_cr3(v, f.value) : -EINVAL;
 		break;
 	default:
 		r = -EINVAL;

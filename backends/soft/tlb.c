@@ -117,55 +117,40 @@ static void renew(struct kage_vcpu *v, uint32_t kinds)
 	publish(v);
 }
 
-/* Clears what cannot matter, so that more modes share a context (SDM vol. 3A 4.6). */
-static struct shadow_mode normal_mode(const struct shadow_mode *mode)
+/* Translation off is the same whatever else the registers say. */
+static bool same_mode(const struct ctx_set *set, const struct pt_guest *mode, uint64_t key)
 {
-	struct shadow_mode m = *mode;
+	const struct pt_guest *m = &set->mode;
 
-	if (!m.format)
-		return (struct shadow_mode){0};
-	if (m.x86.user)
-		m.x86.wp = m.x86.smep = m.x86.smap = false;
-	if (!m.x86.smap)
-		m.x86.ac = false;
-	if (!m.x86.pke)
-		m.x86.pkru = 0;
-	m.pcid = false;
-	return m;
+	if (m->nroots != mode->nroots || (m->nroots && (m->arch != mode->arch || set->key != key)))
+		return false;
+	for (unsigned i = 0; i < m->nroots; i++)
+		if (!pt_same_root(&m->root[i], &mode->root[i]))
+			return false;
+	return true;
 }
 
-static bool same_mode(const struct shadow_mode *a, const struct shadow_mode *b)
+static struct ctx_set *find_set(struct kage_vcpu *v, const struct pt_guest *mode)
 {
-	const struct x86_mode *x = &a->x86, *y = &b->x86;
-
-	return a->format == b->format && a->root == b->root && a->params.phys_bits == b->params.phys_bits &&
-	       a->params.nx == b->params.nx && a->params.page1g == b->params.page1g && x->wp == y->wp &&
-	       x->smep == y->smep && x->smap == y->smap && x->pke == y->pke && x->nxe == y->nxe &&
-	       x->user == y->user && x->ac == y->ac && x->pkru == y->pkru;
-}
-
-static struct ctx_set *find_set(struct kage_vcpu *v, const struct shadow_mode *mode)
-{
+	uint64_t key = mode->nroots ? mode->arch->key(mode) : 0;
 	struct ctx_set *oldest = &v->set[0];
 
 	for (unsigned i = 0; i < TLB_SETS; i++) {
 		struct ctx_set *set = &v->set[i];
 
-		if (set->used && same_mode(&set->mode, mode))
+		if (set->used && same_mode(set, mode, key))
 			return set;
 		if (set->stamp < oldest->stamp)
 			oldest = set;
 	}
-	*oldest = (struct ctx_set){.used = true, .mode = *mode};
+	*oldest = (struct ctx_set){.used = true, .key = key, .mode = *mode};
 	return oldest;
 }
 
-void tlb_select(struct kage_vcpu *v, const struct shadow_mode *mode)
+void tlb_select(struct kage_vcpu *v, const struct pt_guest *mode)
 {
-	struct shadow_mode m = normal_mode(mode);
-
 	lock_take(&v->tlb_lock);
-	v->current = find_set(v, &m);
+	v->current = find_set(v, mode);
 	v->current->stamp = ++v->clock;
 	give_ids(v);
 	publish(v);

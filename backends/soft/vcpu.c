@@ -11,25 +11,37 @@
  */
 #include "vcpu.h"
 
-#define FEATURES_KNOWN	  0x7fu
-#define FEATURES_DEFAULT  (KAGE_X86_NX | KAGE_X86_PAGE1GB | KAGE_X86_SMEP | KAGE_X86_SMAP | KAGE_X86_PCID)
-#define PHYS_BITS_DEFAULT 46
-#define TLB_BITS_DEFAULT  14
+#define TLB_BITS_DEFAULT 14
+
+static const struct soft_arch *arch_of(uint32_t arch)
+{
+	switch (arch) {
+	case 0:
+	case KAGE_ARCH_X86:
+		return &soft_x86;
+	case KAGE_ARCH_ARM64:
+		return &soft_arm64;
+	default:
+		return NULL;
+	}
+}
 
 static int fill_defaults(struct kage_vcpu_config *c)
 {
+	const struct soft_arch *arch = arch_of(c->arch);
+
 	if (c->abi && c->abi != KAGE_VCPU_ABI)
 		return -ENOEXEC;
-	if (c->arch && c->arch != KAGE_ARCH_X86)
+	if (!arch)
 		return -EOPNOTSUPP;
 	if (!c->features)
-		c->features = FEATURES_DEFAULT;
+		c->features = arch->features_default;
 	if (!c->phys_bits)
-		c->phys_bits = PHYS_BITS_DEFAULT;
+		c->phys_bits = arch->phys_bits_default;
 	if (!c->tlb_bits)
 		c->tlb_bits = TLB_BITS_DEFAULT;
-	if ((c->features & ~FEATURES_KNOWN) || c->phys_bits < 36 || c->phys_bits > 52 || c->tlb_bits < 9 ||
-	    c->tlb_bits > 20)
+	if ((c->features & ~arch->features_known) || !arch->phys_bits_valid(c->phys_bits, c->features) ||
+	    c->tlb_bits < 9 || c->tlb_bits > 20)
 		return -EINVAL;
 	return 0;
 }
@@ -40,6 +52,7 @@ static int vcpu_init(struct kage_vcpu *v, struct kage_vm *vm, const struct kage_
 	int r;
 
 	v->vm = vm;
+	v->arch = arch_of(c->arch);
 	v->features = c->features;
 	v->phys_bits = c->phys_bits;
 	v->code_written = c->code_written;
@@ -51,8 +64,11 @@ static int vcpu_init(struct kage_vcpu *v, struct kage_vm *vm, const struct kage_
 	r = tlb_init(v, c->tlb_bits);
 	if (r)
 		return r;
-	tlb_select(v, &(struct shadow_mode){0});
-	return shadow_attach(s, &v->cpu);
+	tlb_select(v, &(struct pt_guest){0});
+	r = shadow_attach(s, &v->cpu);
+	if (!r)
+		vcpu_switch(v);
+	return r;
 }
 
 static int vcpu_create(struct kage_vm *vm, const struct kage_vcpu_config *config, struct kage_vcpu **out)
@@ -107,37 +123,23 @@ void kage_vcpu_destroy(struct kage_vcpu *v)
 
 void vcpu_switch(struct kage_vcpu *v)
 {
-	struct shadow_mode mode = x86_mode_of(v);
+	struct pt_guest mode = v->arch->mode(v);
 
 	shadow_set_mode(&v->cpu, &mode);
 	tlb_select(v, &mode);
 }
 
-static int set_x86_regs(struct kage_vcpu *v, const struct kage_x86_regs *new)
-{
-	struct kage_x86_regs regs = *new;
-	bool noflush = regs.cr3 & CR3_NOFLUSH;
-	uint64_t win;
-	int r = x86_check_regs(v, &regs);
-
-	if (r)
-		return r;
-	regs.cr3 &= ~CR3_NOFLUSH;
-	regs.rflags &= RFLAGS_AC;
-	win = slow_begin(v);
-	if (x86_flushes(&v->regs, &regs, noflush))
-		shadow_sync_all(v->cpu.shadow);
-	v->regs = regs;
-	vcpu_switch(v);
-	slow_end(v, win);
-	return KAGE_OK;
-}
-
 int kage_vcpu_set_regs(struct kage_vcpu *v, const void *arch_regs, size_t size)
 {
-	if (!v || !arch_regs || size != sizeof(struct kage_x86_regs))
+	uint64_t win;
+	int r;
+
+	if (!v || !arch_regs || size != v->arch->regs_size)
 		return -EINVAL;
-	return set_x86_regs(v, arch_regs);
+	win = slow_begin(v);
+	r = v->arch->set_regs(v, arch_regs);
+	slow_end(v, win);
+	return r;
 }
 
 int kage_vcpu_layout(struct kage_tlb_layout *layout)

@@ -44,9 +44,23 @@ _Static_assert(KAGE_READ == 1 << 0 && KAGE_WRITE == 1 << 1 && KAGE_EXEC == 1 << 
 struct ctx_set {
 	bool used;
 	uint16_t id[TLB_KINDS]; /* 0: to be given when the set is selected */
-	uint32_t role;
 	uint64_t stamp;
-	struct shadow_mode mode; /* what does not matter is cleared */
+	uint64_t key; /* of the mode: equal keys have equal rights */
+	struct pt_guest mode;
+};
+
+struct kage_vcpu;
+
+/* An architecture of guests: what a CPU of it takes, and what its registers mean. */
+struct soft_arch {
+	uint32_t features_known, features_default, phys_bits_default;
+	size_t regs_size;
+	bool (*phys_bits_valid)(uint32_t phys_bits, uint32_t features);
+	/* Checks and takes new registers; calls vcpu_switch(). Results of kage_vcpu_set_regs(). */
+	int (*set_regs)(struct kage_vcpu *v, const void *regs);
+	struct pt_guest (*mode)(const struct kage_vcpu *v);
+	bool (*asid_valid)(const struct kage_vcpu *v, uint64_t asid);
+	int (*flush_cr3)(struct kage_vcpu *v, uint64_t value); /* NULL: there is no such flush */
 };
 
 struct kage_vcpu {
@@ -63,8 +77,18 @@ struct kage_vcpu {
 	struct ctx_set set[TLB_SETS];
 	struct kage_tlb_entry large[TLB_LARGE];
 	/* configuration and registers */
+	const struct soft_arch *arch;
 	uint32_t features, phys_bits;
-	struct kage_x86_regs regs;
+	union {
+		struct {
+			struct kage_x86_regs x86;
+			uint64_t pdpte[4]; /* with PAE paging: as loaded */
+		};
+		struct kage_arm64_regs arm64;
+	};
+	/* arm64: halves (bit 55 clear, set) in which the top byte of an address does not count */
+	bool tagged[2];
+	bool tags; /* one of them */
 	void (*code_written)(void *opaque, struct kage_vcpu *vcpu, uint64_t gpa, uint64_t len);
 	void *opaque;
 };
@@ -77,7 +101,7 @@ extern const struct shadow_cpu_ops soft_ops, soft_ops_code;
 int tlb_init(struct kage_vcpu *v, unsigned bits);
 void tlb_finish(struct kage_vcpu *v);
 /* Selects the context of the vCPU's mode; keeps what its TLB has for it. */
-void tlb_select(struct kage_vcpu *v, const struct shadow_mode *mode);
+void tlb_select(struct kage_vcpu *v, const struct pt_guest *mode);
 /* Copies a page of a large entry to the TLB, if there is one for `kind`. */
 bool tlb_refill(struct kage_vcpu *v, uint64_t gva, unsigned kind);
 void tlb_unpark(struct kage_vcpu *v);
@@ -127,33 +151,17 @@ static inline uint64_t window_open(struct kage_vcpu *v)
 uint64_t slow_begin(struct kage_vcpu *v);
 void slow_end(struct kage_vcpu *v, uint64_t win);
 
-/* -- x86.c ----------------------------------------------------------------- */
+/* The address without its tag. Inline probes take addresses as they are, and so miss those that have one. */
+static inline uint64_t untagged(const struct kage_vcpu *v, uint64_t gva)
+{
+	if (likely(!v->tags) || !v->tagged[gva >> 55 & 1])
+		return gva;
+	return (uint64_t)((int64_t)(gva << 8) >> 8);
+}
 
-int x86_check_regs(const struct kage_vcpu *v, const struct kage_x86_regs *r);
-struct shadow_mode x86_mode_of(const struct kage_vcpu *v);
-/* Do the registers' changes flush? (SDM vol. 3A 4.10.4.1) `noflush`: bit 63 of a MOV to CR3. */
-bool x86_flushes(const struct kage_x86_regs *old, const struct kage_x86_regs *new, bool noflush);
+/* -- x86.c, arm64.c ----------------------------------------------------------- */
 
-#define CR0_PE	    ((uint64_t)1 << 0)
-#define CR0_WP	    ((uint64_t)1 << 16)
-#define CR0_NW	    ((uint64_t)1 << 29)
-#define CR0_CD	    ((uint64_t)1 << 30)
-#define CR0_PG	    ((uint64_t)1 << 31)
-#define CR3_NOFLUSH ((uint64_t)1 << 63)
-#define CR4_PAE	    ((uint64_t)1 << 5)
-#define CR4_PGE	    ((uint64_t)1 << 7)
-#define CR4_LA57    ((uint64_t)1 << 12)
-#define CR4_PCIDE   ((uint64_t)1 << 17)
-#define CR4_SMEP    ((uint64_t)1 << 20)
-#define CR4_SMAP    ((uint64_t)1 << 21)
-#define CR4_PKE	    ((uint64_t)1 << 22)
-#define CR4_CET	    ((uint64_t)1 << 23)
-#define CR4_PKS	    ((uint64_t)1 << 24)
-#define CR4_LAM_SUP ((uint64_t)1 << 28)
-#define EFER_LME    ((uint64_t)1 << 8)
-#define EFER_LMA    ((uint64_t)1 << 10)
-#define EFER_NXE    ((uint64_t)1 << 11)
-#define RFLAGS_AC   ((uint64_t)1 << 18)
+extern const struct soft_arch soft_x86, soft_arm64;
 
 /* -- vcpu.c ---------------------------------------------------------------- */
 

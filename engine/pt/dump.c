@@ -34,6 +34,7 @@ struct run {
 
 struct dumper {
 	const struct pt_dump *d;
+	const struct pt_params *params;
 	uint32_t perm[PT_MAX_LEVELS + 1];
 	bool user[PT_MAX_LEVELS + 1];
 	struct run run;
@@ -45,6 +46,7 @@ static const char *const state_names[] = {
 	[PT_NONE] = "none",         [PT_LEAF] = "page",         [PT_TABLE] = "table",
 	[PT_SWAP] = "swap",         [PT_MIGRATION] = "migration", [PT_PROTNONE] = "protnone",
 	[PT_POISON] = "poison",     [PT_HOST_PRIVATE] = "host-private", [PT_RESERVED] = "reserved",
+	[PT_ADDRESS_SIZE] = "address-size", [PT_ACCESS_FLAG] = "access-flag", [PT_OUTSIDE] = "outside",
 };
 
 static int put_text(const struct dumper *p, const char *text)
@@ -172,11 +174,8 @@ static int add_run(struct dumper *p, const struct run *n)
 
 static int dump_visit(const struct pt_visit *v)
 {
-	static const struct pt_params none;
 	struct dumper *p = v->arg;
-	const struct pt_walk *w = &p->d->walk;
-	const struct pt_params *params = w->params ? w->params : &none;
-	struct pt_decoded d = pt_level_of(v->format, v->level)->decode(v->entry, params);
+	struct pt_decoded d = pt_level_of(v->format, v->level)->decode(v->entry, p->params);
 	struct run n = {
 		.start = v->start, .last = v->end - 1, .addr = d.addr + (v->start - v->addr),
 		.entries = 1, .accessed = d.accessed, .dirty = d.dirty,
@@ -191,7 +190,7 @@ static int dump_visit(const struct pt_visit *v)
 		return PT_CONTINUE;
 	}
 	if (p->d->label)
-		n.label = p->d->label(w->arg, v->entry, v->level);
+		n.label = p->d->label(p->d->walk.arg, v->entry, v->level);
 	return add_run(p, &n);
 }
 
@@ -210,14 +209,41 @@ static int dump_read(void *arg, uint64_t addr, unsigned bytes, uint64_t *entry)
 	return p->d->walk.read(p->d->walk.arg, addr, bytes, entry);
 }
 
+static int dump_tree(struct dumper *p, struct pt_walk *w, uint64_t start, uint64_t end)
+{
+	static const struct pt_params none;
+
+	p->perm[w->root_level + 1] = KAGE_RWX;
+	p->user[w->root_level + 1] = true;
+	p->params = w->params ? w->params : &none;
+	return pt_walk(w, start, end);
+}
+
+/* The part of [start, end) that a root translates; one of repeated top bits has it at both ends. */
+static int dump_root(struct dumper *p, struct pt_walk *w, const struct pt_root *r, uint64_t start, uint64_t end)
+{
+	uint64_t last = end - 1, first = MAX(start, r->base);
+
+	if (r->state != PT_TABLE)
+		return 0;
+	w->format = r->format;
+	w->params = &r->params;
+	w->root = r->table;
+	w->root_level = r->level;
+	w->root_bits = 0;
+	if (r->format->sign_extended)
+		return dump_tree(p, w, start, end);
+	w->root_bits = r->bits;
+	last = MIN(last, r->base + (((uint64_t)1 << r->bits) - 1));
+	return first > last ? 0 : dump_tree(p, w, first, last + 1);
+}
+
 int pt_dump(struct pt_dump *d, uint64_t start, uint64_t end)
 {
 	struct dumper p = { .d = d, .first = true };
 	struct pt_walk w = d->walk;
 	int r = 0;
 
-	p.perm[w.root_level + 1] = KAGE_RWX;
-	p.user[w.root_level + 1] = true;
 	w.flags = PT_VISIT_LEAF | PT_VISIT_PRE;
 	w.none = false;
 	w.map = w.map ? dump_map : NULL;
@@ -226,8 +252,10 @@ int pt_dump(struct pt_dump *d, uint64_t start, uint64_t end)
 	w.arg = &p;
 	if (d->json)
 		r = put_text(&p, "[");
-	if (!r)
-		r = pt_walk(&w, start, end);
+	if (!r && !d->roots)
+		r = dump_tree(&p, &w, start, end);
+	for (unsigned i = 0; !r && d->roots && i < d->nroots; i++)
+		r = dump_root(&p, &w, &d->roots[i], start, end);
 	if (!r)
 		r = put_run(&p);
 	if (!r && d->json)

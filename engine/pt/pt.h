@@ -32,6 +32,9 @@ enum pt_state {
 	PT_POISON,
 	PT_HOST_PRIVATE, /* the host kernel broke COW here; no pfn until adopted */
 	PT_RESERVED,  /* reserved bits set: a guest format's fault */
+	PT_ADDRESS_SIZE, /* points beyond the guest's physical addresses (arm64) */
+	PT_ACCESS_FLAG,  /* software keeps the accessed bit, and it is clear (arm64) */
+	PT_OUTSIDE,      /* of an address, not of an entry: no table translates it */
 };
 
 /* What an entry says, format aside. */
@@ -40,15 +43,22 @@ struct pt_decoded {
 	uint64_t addr;     /* LEAF, TABLE: physical address it points to */
 	uint32_t perm;     /* KAGE_READ | WRITE | EXEC granted here */
 	bool user;         /* user mode may use it */
-	bool accessed, dirty, global;
+	bool user_exec;    /* user mode may execute it; where the format does not tell, as perm says */
+	bool accessed, dirty, global; /* dirty: a write has nothing to set */
 	uint8_t pkey;
 };
 
-/* Parameters of a guest format that change decoding; all-zero for Kage's own. */
+/* Parameters of a guest format that change decoding; all-zero for Kage's own. Only bytes, so that memcmp() compares. */
 struct pt_params {
-	uint8_t phys_bits; /* 0: 52 */
+	uint8_t phys_bits; /* 0: 52; arm64: output address bits in effect */
 	bool nx;       /* x86: EFER.NXE */
 	bool page1g;   /* x86: 1 GiB pages */
+	bool pse;      /* x86, 32-bit: CR4.PSE */
+	bool ds;       /* arm64, 4K and 16K: TCR.DS, addresses of 52 bits */
+	bool lpa;      /* arm64, 64K: bits 15:12 of an entry are address bits 51:48 */
+	bool giant;    /* arm64, 64K: blocks of 4 TiB */
+	bool ha, hd;   /* arm64: hardware sets the access flag, the dirty state */
+	bool hpd;      /* arm64: no attributes in table entries */
 };
 
 struct pt_level {
@@ -64,6 +74,7 @@ struct pt_format {
 	uint8_t entry_bytes;
 	bool writable;       /* Kage may write such tables (not a guest's) */
 	bool sign_extended;  /* addresses repeat their top bit (x86): two halves at the ends of 2^64 */
+	bool entangled;      /* a permission that is gained may cost another mode one (arm64: WXN, PAN) */
 	/* encode for writable formats */
 	uint64_t (*make_leaf)(uint64_t addr, unsigned level, uint32_t perm);
 	uint64_t (*make_table)(uint64_t addr, uint32_t perm);
@@ -77,8 +88,10 @@ static inline const struct pt_level *pt_level_of(const struct pt_format *f, unsi
 
 /* Kage's own, folded to 2, 3, 4 or 5 levels (index by levels - 2). */
 extern const struct pt_format pt_kage[4];
-/* Intel SDM vol. 3A ch. 4: 4-level and 5-level paging. Read only. */
-extern const struct pt_format pt_x86_4, pt_x86_5;
+/* Intel SDM vol. 3A ch. 4: 4-level and 5-level paging, PAE, 32-bit. Read only. */
+extern const struct pt_format pt_x86_4, pt_x86_5, pt_x86_pae, pt_x86_32;
+/* Arm ARM D8.3: VMSAv8-64 stage 1 by granule, from the level that 52-bit addresses begin at. Read only. */
+extern const struct pt_format pt_arm64_4k, pt_arm64_16k, pt_arm64_64k;
 /* For tests: 3 levels, state and permission bits in places of their own. */
 extern const struct pt_format pt_fake;
 
@@ -111,6 +124,7 @@ struct pt_walk {
 	const struct pt_params *params;   /* NULL: all zero */
 	uint64_t root;                    /* physical address of the root table */
 	unsigned root_level;              /* usually format->levels - 1 */
+	unsigned root_bits;               /* not 0: the root translates 2^root_bits bytes around `start` */
 	unsigned flags;                   /* which visits (enum pt_when); LEAF: every entry that is no table, NONE too if `none` */
 	bool none;
 	/* Physical address of a table -> pointer, for tables in our own memory; or NULL and `read`. */
@@ -128,6 +142,20 @@ struct pt_walk {
  */
 int pt_walk(const struct pt_walk *w, uint64_t start, uint64_t end);
 
+/* -- where a walk begins -------------------------------------------------- */
+
+/* A root table of a guest, from the registers: it translates 2^bits bytes from `base` up. */
+struct pt_root {
+	const struct pt_format *format;
+	uint64_t table; /* physical address of its first entry */
+	uint64_t base;
+	struct pt_params params;
+	uint8_t bits;
+	uint8_t level; /* of its entries */
+	/* PT_TABLE; else what is wrong with all addresses below, and `level` is what a fault reports. */
+	enum pt_state state;
+};
+
 /* -- one address in a guest's tables ------------------------------------- */
 
 struct pt_guest_step {
@@ -141,7 +169,7 @@ struct pt_guest_path {
 	enum pt_state state; /* PT_LEAF, PT_NONE (not present), PT_RESERVED; PT_POISON: an entry is in no memory */
 	uint64_t gpa;    /* LEAF: the translation of the address */
 	uint32_t perm;   /* AND along the path */
-	bool user;       /* AND along the path */
+	bool user, user_exec; /* AND along the path */
 	uint8_t pkey;
 	struct pt_guest_step step[PT_MAX_LEVELS]; /* by level */
 };
@@ -154,6 +182,10 @@ struct pt_guest_path {
 int pt_guest_walk(const struct pt_format *f, const struct pt_params *p, uint64_t root, uint64_t addr,
 		  int (*read)(void *arg, uint64_t gpa, unsigned bytes, uint64_t *entry), void *arg,
 		  struct pt_guest_path *path);
+/* The same from one of several roots, which is a PT_TABLE. */
+int pt_root_walk(const struct pt_root *root, uint64_t addr,
+		 int (*read)(void *arg, uint64_t gpa, unsigned bytes, uint64_t *entry), void *arg,
+		 struct pt_guest_path *path);
 
 /* -- dump ---------------------------------------------------------------- */
 
@@ -164,6 +196,9 @@ int pt_guest_walk(const struct pt_format *f, const struct pt_params *p, uint64_t
  */
 struct pt_dump {
 	struct pt_walk walk; /* visit and flags are the dump's */
+	/* Not NULL: the trees to dump, one after the other, in place of the walk's own format and root. */
+	const struct pt_root *roots;
+	unsigned nroots;
 	bool json;
 	int (*put)(void *arg, const char *text, size_t len);
 	void *put_arg;
@@ -194,6 +229,8 @@ struct x86_mode {
 uint32_t x86_check(const struct x86_mode *m, uint32_t perm, bool user_page, uint8_t pkey, uint32_t access);
 /* What of READ, WRITE, EXEC x86_check() lets through. */
 uint32_t x86_allowed(const struct x86_mode *m, uint32_t perm, bool user_page, uint8_t pkey);
+/* May a PDPTE be loaded by MOV to CR3 (4.4.1)? */
+bool x86_pdpte_valid(uint64_t entry, const struct pt_params *p);
 /* Error code of a fault found while walking (`rsvd`: reserved bits; else not present). */
 uint32_t x86_walk_error(const struct x86_mode *m, uint32_t access, bool rsvd);
 

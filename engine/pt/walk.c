@@ -19,8 +19,9 @@
  * release that published a table after filling it.
  *
  * Why not simpler: the address space of a root is a rule of the format. Guest
- * formats repeat the top bit, so their space is two halves; a root below the
- * format's top is taken to be the table that holds `start`.
+ * formats may repeat the top bit, so their space is two halves; a root below
+ * the format's top, or one of which it is said how much it translates, is taken
+ * to be the table that holds `start`.
  */
 #include "pt/pt.h"
 
@@ -45,6 +46,12 @@ static unsigned entry_index(const struct pt_format *f, unsigned level, uint64_t 
 	return (addr >> l->shift) & (((uint64_t)1 << l->bits) - 1);
 }
 
+/* Bits above what a root translates are no part of an index. */
+static uint64_t below(unsigned bits, uint64_t addr)
+{
+	return bits && bits < 64 ? addr & (((uint64_t)1 << bits) - 1) : addr;
+}
+
 static const struct pt_params *walk_params(const struct pt_walk *w)
 {
 	return w->params ? w->params : &no_params;
@@ -63,7 +70,7 @@ static struct pt_decoded decode(const struct pt_format *f, const struct pt_param
 /* Reads the entry of a piece. 0, or -errno that ends the walk; what cannot be read is none. */
 static int read_entry(const struct pt_walk *w, const struct piece *p, uint64_t *entry, struct pt_decoded *d)
 {
-	unsigned index = entry_index(w->format, p->level, p->first);
+	unsigned index = entry_index(w->format, p->level, below(w->root_bits, p->first));
 	int r = 0;
 
 	if (p->map)
@@ -94,7 +101,7 @@ static int call_visit(const struct pt_walk *w, const struct piece *p, uint64_t e
 		.level = p->level,
 		.when = when,
 		.entry = entry,
-		.entryp = p->map ? &p->map[entry_index(w->format, p->level, p->first)] : NULL,
+		.entryp = p->map ? &p->map[entry_index(w->format, p->level, below(w->root_bits, p->first))] : NULL,
 		.table = p->table,
 		.arg = w->arg,
 	};
@@ -169,12 +176,12 @@ static int walk_clipped(const struct pt_walk *w, uint64_t first, uint64_t last, 
 int pt_walk(const struct pt_walk *w, uint64_t start, uint64_t end)
 {
 	const struct pt_level *l = pt_level_of(w->format, w->root_level);
-	uint64_t last = end - 1, span = (uint64_t)1 << (l->shift + l->bits);
+	uint64_t last = end - 1, span = (uint64_t)1 << (w->root_bits ? w->root_bits : l->shift + l->bits);
 	int r;
 
 	if (start > last || (start == 0 && end == 0))
 		return 0;
-	if (w->root_level < w->format->levels - 1u)
+	if (w->root_bits || w->root_level < w->format->levels - 1u)
 		return walk_clipped(w, start, last, start & ~(span - 1), start | (span - 1));
 	if (!w->format->sign_extended)
 		return walk_clipped(w, start, last, 0, span - 1);
@@ -183,22 +190,23 @@ int pt_walk(const struct pt_walk *w, uint64_t start, uint64_t end)
 }
 
 /* `path` is scratch until 0 is returned: this runs at every miss of a TLB. */
-int pt_guest_walk(const struct pt_format *f, const struct pt_params *p, uint64_t root, uint64_t addr,
-		  int (*read)(void *arg, uint64_t gpa, unsigned bytes, uint64_t *entry), void *arg,
-		  struct pt_guest_path *path)
+int pt_root_walk(const struct pt_root *root, uint64_t addr,
+		 int (*read)(void *arg, uint64_t gpa, unsigned bytes, uint64_t *entry), void *arg,
+		 struct pt_guest_path *path)
 {
-	uint64_t table = root;
+	const struct pt_format *f = root->format;
+	uint64_t table = root->table, offset = below(root->bits, addr);
 
 	path->perm = KAGE_RWX;
-	path->user = true;
+	path->user = path->user_exec = true;
 	path->pkey = 0;
 	path->gpa = 0;
-	for (unsigned level = f->levels - 1u;; level--) {
+	for (unsigned level = root->level;; level--) {
 		struct pt_guest_step *s = &path->step[level];
 		int r;
 
 		path->level = level;
-		s->gpa = table + (uint64_t)entry_index(f, level, addr) * f->entry_bytes;
+		s->gpa = table + (uint64_t)entry_index(f, level, offset) * f->entry_bytes;
 		r = read(arg, s->gpa, f->entry_bytes, &s->entry);
 		if (r && r != -EFAULT)
 			return r;
@@ -208,17 +216,27 @@ int pt_guest_walk(const struct pt_format *f, const struct pt_params *p, uint64_t
 			path->state = PT_POISON;
 			return 0;
 		}
-		s->d = decode(f, p ? p : &no_params, level, s->entry);
+		s->d = decode(f, &root->params, level, s->entry);
 		path->state = s->d.state;
 		if (s->d.state != PT_TABLE && s->d.state != PT_LEAF)
 			return 0;
 		path->perm &= s->d.perm;
 		path->user &= s->d.user;
+		path->user_exec &= s->d.user_exec;
 		if (s->d.state == PT_LEAF)
 			break;
 		table = s->d.addr;
 	}
-	path->gpa = path->step[path->level].d.addr + (addr & (entry_span(f, path->level) - 1));
+	path->gpa = path->step[path->level].d.addr + (offset & (entry_span(f, path->level) - 1));
 	path->pkey = path->step[path->level].d.pkey;
 	return 0;
+}
+
+int pt_guest_walk(const struct pt_format *f, const struct pt_params *p, uint64_t root, uint64_t addr,
+		  int (*read)(void *arg, uint64_t gpa, unsigned bytes, uint64_t *entry), void *arg,
+		  struct pt_guest_path *path)
+{
+	struct pt_root r = { .format = f, .params = p ? *p : no_params, .table = root, .level = f->levels - 1u };
+
+	return pt_root_walk(&r, addr, read, arg, path);
 }

@@ -23,26 +23,26 @@
 static void audit_guest_side(struct shadow *s, struct shadow_page *p, unsigned i, struct audit *a)
 {
 	struct guest_entry g = {0};
-	const uint64_t *table;
+	const void *table;
 	bool same;
 
-	if (p->role & ROLE_DIRECT) {
-		CHECK(a, p->side[i].gfn == p->gfn.v + i * level_pages(p->level),
-		      "shadow %u: direct entry %u maps gfn %#llx", p->id, i,
-		      (unsigned long long)p->side[i].gfn);
+	if (p->role & ROLE_UNFED) {
+		unfed_entry(p, i, &g);
+		CHECK(a, p->side[i].gfn == g.target.v && ((p->role & ROLE_DIRECT) || same_target(s, p, i, &g)),
+		      "shadow %u: entry %u maps gfn %#llx", p->id, i, (unsigned long long)p->side[i].gfn);
 		return;
 	}
 	if (p->unsync)
 		return;
 	rcu_enter();
 	table = table_map(s, p->gfn);
-	same = table && guest_entry(s, p, i, READ_ONCE(table[i]), &g) && same_target(s, p, i, &g);
+	same = table && guest_entry(s, p, i, table_entry(p, table, i), &g) && same_target(s, p, i, &g);
 	rcu_leave();
 	CHECK(a, same, "shadow %u (table gfn %#llx level %u): entry %u is not what the guest's says", p->id,
 	      (unsigned long long)p->gfn.v, p->level, i);
 	if (same)
 		CHECK(a,
-		      !(p->spte[i] & ~g.bits & SPTE_GUEST) && !((p->spte[i] ^ g.bits) & (SPTE_U | SPTE_PKEY)),
+		      !(p->spte[i] & ~g.bits & SPTE_GUEST) && !((p->spte[i] ^ g.bits) & no_grants(p)),
 		      "shadow %u: entry %u grants more than the guest's (%#llx, %#llx)", p->id, i,
 		      (unsigned long long)p->spte[i], (unsigned long long)g.bits);
 }
@@ -140,7 +140,7 @@ static uint64_t audit_page(struct shadow *s, struct shadow_page *p, struct audit
 	CHECK(a, list_empty(&p->unsync_node) == !p->unsync, "shadow %u: wrongly unsync or not", p->id);
 	CHECK(a, page_find(s, p->gfn, p->role) == p, "shadow %u: not found by its hash", p->id);
 	CHECK(a,
-	      (p->role & ROLE_DIRECT) || (p->unsync && !p->syncing) ||
+	      (p->role & ROLE_UNFED) || (p->unsync && !p->syncing) ||
 		  chunk_tracked(chunk_find(s, p->gfn), p->gfn),
 	      "shadow %u: gfn %#llx is not watched", p->id, (unsigned long long)p->gfn.v);
 	audit_parents(s, p, a);
@@ -223,7 +223,8 @@ void shadow_audit(struct shadow *s, struct audit *a)
 	list_for_each(pos, &s->cpus) {
 		struct shadow_cpu *cpu = container_of(pos, struct shadow_cpu, node);
 
-		CHECK(a, !cpu->root || (cpu->root->used && cpu->root->roots), "a vCPU's root is free");
+		for (unsigned i = 0; i < PT_ROOTS; i++)
+			CHECK(a, !cpu->root[i] || (cpu->root[i]->used && cpu->root[i]->roots), "a vCPU's root is free");
 		cpu->ops->audit(cpu, a);
 	}
 	lock_drop(&s->lock);
@@ -232,14 +233,15 @@ void shadow_audit(struct shadow *s, struct audit *a)
 /* -- TLB entries -------------------------------------------------------------- */
 
 /* The leaf that backs an address in a mode; 0: none. *guest: permissions ANDed along the path. */
-static spte_t leaf_of(struct shadow *s, const struct shadow_mode *mode, uint64_t gva, spte_t *guest)
+static spte_t leaf_of(struct shadow *s, const struct pt_guest *mode, uint64_t gva, spte_t *guest)
 {
-	unsigned top = mode->format->levels - 1u;
-	struct shadow_page *p = page_find(s, GFN(mode->root >> PAGE_SHIFT), mode_role(mode) | top);
-	spte_t e = 0, and = SPTE_W | SPTE_U | SPTE_X | SPTE_D, key = 0;
+	int n = mode->arch->root_of(mode, gva);
+	const struct pt_root *r = n < 0 ? NULL : &mode->root[n];
+	struct shadow_page *p = r && r->state == PT_TABLE ? page_find(s, root_gfn(r), root_role(r)) : NULL;
+	spte_t e = 0, and = SPTE_ALL, key = 0;
 
 	while (p) {
-		e = p->spte[level_index(GFN(gva >> PAGE_SHIFT), p->level)];
+		e = p->spte[root_index(r, gva, p->level)];
 		if (!(e & SPTE_P))
 			return 0;
 		and &= e;
@@ -250,22 +252,14 @@ static spte_t leaf_of(struct shadow *s, const struct shadow_mode *mode, uint64_t
 	return e;
 }
 
-static uint32_t rights_of(struct shadow *s, const struct shadow_mode *mode, spte_t e, spte_t guest)
-{
-	uint32_t perm = KAGE_READ | (guest & SPTE_W ? KAGE_WRITE : 0) | (guest & SPTE_X ? KAGE_EXEC : 0);
-
-	return x86_allowed(&mode->x86, perm, guest & SPTE_U, (guest & SPTE_PKEY) >> SPTE_PKEY_SHIFT) &
-	       spte_rights(e);
-}
-
-void shadow_audit_tlb(struct shadow_cpu *cpu, const struct shadow_mode *mode, const struct shadow_fill *f,
+void shadow_audit_tlb(struct shadow_cpu *cpu, const struct pt_guest *mode, const struct shadow_fill *f,
 		      struct audit *a)
 {
 	struct shadow *s = cpu->shadow;
 	pfn_t pfn = pool_hva_pfn(s->mm->host->pool, f->hva);
 	spte_t guest = 0, e;
 
-	if (!mode->format) {
+	if (!mode->nroots) {
 		gfn_t gfn = GFN(f->gva >> PAGE_SHIFT);
 		struct chunk *c = chunk_find(s, gfn);
 
@@ -281,7 +275,7 @@ void shadow_audit_tlb(struct shadow_cpu *cpu, const struct shadow_mode *mode, co
 		return;
 	if ((e & SPTE_LARGE) && !f->large)
 		e += (spte_t)level_index(GFN(f->gva >> PAGE_SHIFT), 0) << PAGE_SHIFT;
-	CHECK(a, pfn_eq(spte_pfn(e), pfn) && !(f->rights & ~rights_of(s, mode, e, guest)),
+	CHECK(a, pfn_eq(spte_pfn(e), pfn) && !(f->rights & ~(pt_allowed(mode, guest_rights(guest)) & spte_rights(e))),
 	      "TLB: gva %#llx has pfn %#llx, rights %u; its shadow entry is %#llx, guest %#llx",
 	      (unsigned long long)f->gva, (unsigned long long)pfn.v, f->rights, (unsigned long long)e,
 	      (unsigned long long)guest);

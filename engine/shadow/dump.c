@@ -48,10 +48,10 @@ static bool continues(const struct shadow_page *p, unsigned first, unsigned i)
 static void dump_run(struct out *o, const struct shadow_page *p, unsigned i, unsigned n)
 {
 	spte_t e = p->spte[i];
-	char bits[9];
+	char bits[10];
 
-	snprintf(bits, sizeof(bits), "%c%c%c%c%c%c%c", e & SPTE_W ? 'w' : '-', e & SPTE_U ? 'u' : '-',
-		 e & SPTE_X ? 'x' : '-', e & SPTE_D ? 'd' : '-', e & SPTE_HR ? 'R' : '-',
+	snprintf(bits, sizeof(bits), "%c%c%c%c%c%c%c%c", e & SPTE_W ? 'w' : '-', e & SPTE_U ? 'u' : '-',
+		 e & SPTE_X ? 'x' : '-', e & SPTE_UX ? 'y' : '-', e & SPTE_D ? 'd' : '-', e & SPTE_HR ? 'R' : '-',
 		 e & SPTE_HW ? 'W' : '-', e & SPTE_HX ? 'X' : '-');
 	if (o->json)
 		say(o,
@@ -91,19 +91,21 @@ static void dump_entries(struct out *o, const struct shadow_page *p)
 static void dump_page(struct out *o, const struct shadow_page *p, bool first)
 {
 	static const char *const reach[] = {"none", "one", "many"};
-	const char *sync = p->role & ROLE_DIRECT ? "direct" : p->unsync ? "unsync" : "synced";
+	const char *sync = p->role & ROLE_DIRECT ? "direct" : p->role & ROLE_PASS ? "pass" : p->unsync ? "unsync" : "synced";
+	const char *format = p->format ? p->format->name : "-";
 
 	if (!o->json) {
 		say(o,
 		    "page %u level %u gfn %#" PRIx64
-		    " role %#x %s entries %u parents %u roots %u reach %s gva %#" PRIx64 "\n",
-		    p->id, p->level, p->gfn.v, p->role, sync, p->live, p->nparents, p->roots, reach[p->reach],
+		    " role %#" PRIx64 " %s %s first %u entries %u parents %u roots %u reach %s gva %#" PRIx64 "\n",
+		    p->id, p->level, p->gfn.v, p->role, format, sync, p->first, p->live, p->nparents, p->roots, reach[p->reach],
 		    p->gva);
 		dump_entries(o, p);
 		return;
 	}
-	say(o, "%s{\"page\":%u,\"level\":%u,\"gfn\":%" PRIu64 ",\"role\":%u,\"state\":\"%s\",",
-	    first ? "" : ",", p->id, p->level, p->gfn.v, p->role, sync);
+	say(o, "%s{\"page\":%u,\"level\":%u,\"gfn\":%" PRIu64 ",\"role\":%" PRIu64
+	    ",\"format\":\"%s\",\"first\":%u,\"state\":\"%s\",",
+	    first ? "" : ",", p->id, p->level, p->gfn.v, p->role, format, p->first, sync);
 	say(o, "\"parents\":%u,\"roots\":%u,\"reach\":\"%s\",\"gva\":%" PRIu64 ",\"entries\":[", p->nparents,
 	    p->roots, reach[p->reach], p->gva);
 	dump_entries(o, p);
@@ -158,13 +160,14 @@ static int read_guest_memory(void *arg, uint64_t addr, unsigned bytes, uint64_t 
 
 	if (addr >> KAGE_GPA_BITS)
 		return -EFAULT;
+	*entry = 0;
 	return mm_read(s->mm, GPA(addr), entry, bytes) ? -EFAULT : 0;
 }
 
 int shadow_dump_guest(struct shadow *s, bool json, int (*put)(void *arg, const char *text, size_t len),
 		      void *arg)
 {
-	struct shadow_mode mode = {0};
+	struct pt_guest mode = {0};
 	struct pt_dump d = {.json = json, .put = put, .put_arg = arg};
 	bool found;
 
@@ -175,15 +178,10 @@ int shadow_dump_guest(struct shadow *s, bool json, int (*put)(void *arg, const c
 	lock_drop(&s->lock);
 	if (!found)
 		return -ENOENT;
-	if (!mode.format)
+	if (!mode.nroots)
 		return 0;
-	d.walk = (struct pt_walk){
-	    .format = mode.format,
-	    .params = &mode.params,
-	    .root = mode.root,
-	    .root_level = mode.format->levels - 1u,
-	    .read = read_guest_memory,
-	    .arg = s,
-	};
+	d.walk = (struct pt_walk){.read = read_guest_memory, .arg = s};
+	d.roots = mode.root;
+	d.nroots = mode.nroots;
 	return pt_dump(&d, 0, UINT64_MAX); /* (0, 0) is an empty range to pt_walk() */
 }

@@ -2,9 +2,15 @@
 /*
  * The structures of the shadow MMU, for the files of this folder.
  *
- *   page    shadows one guest table (or, `direct`, a large guest page in
- *           pieces): 512 entries, found by (gfn, role). Inherited permissions
- *           are not in the role: a walk ANDs along its path
+ *   page    512 entries, found by (gfn, role), of the shadow tables' own shape
+ *           whatever the guest's: an entry of level n maps 4 KiB << 9n. Inherited
+ *           permissions are not in the role: a walk ANDs along its path. It is
+ *             of a table: made from guest entries, all in the frame `gfn`, of
+ *             which each gives 2^split entries (a table of more frames, or with
+ *             more than 512 entries, or of small entries, has several such pages)
+ *             pass: no entry of the guest's is that large; its links lead to
+ *             pages for parts of the same table
+ *             direct: a large guest page in pieces
  *   entry   bits as below; its side entry holds the gfn and the links of the
  *           chain that it is in: of the gfn it maps (rmap), or of the page it
  *           points to (parents)
@@ -45,6 +51,7 @@ typedef uint64_t spte_t;
 #define SPTE_D		((spte_t)1 << 4) /* the guest's dirty bit is set; links to tables: always */
 #define SPTE_LINK	((spte_t)1 << 5)
 #define SPTE_LARGE	((spte_t)1 << 6)
+#define SPTE_UX		((spte_t)1 << 7) /* user mode may execute; X is for the supervisor where they differ */
 #define SPTE_PKEY_SHIFT 8
 #define SPTE_PKEY	((spte_t)15 << SPTE_PKEY_SHIFT)
 #define SPTE_PFN	(ENTRY_PFN_MASK) /* leaf: pfn; link: id of the child */
@@ -53,7 +60,8 @@ typedef uint64_t spte_t;
 #define SPTE_HW		((spte_t)1 << 53)
 #define SPTE_HX		((spte_t)1 << 54)
 #define SPTE_NOAD	((spte_t)1 << 55) /* made while the guest entry could not be written (walk.c G2) */
-#define SPTE_GUEST	(SPTE_W | SPTE_U | SPTE_X | SPTE_D | SPTE_PKEY)
+#define SPTE_ALL	(SPTE_W | SPTE_U | SPTE_X | SPTE_UX | SPTE_D) /* of an entry that limits nothing */
+#define SPTE_GUEST	(SPTE_ALL | SPTE_PKEY)
 #define SPTE_HOST	(SPTE_HR | SPTE_HW | SPTE_HX)
 _Static_assert(((SPTE_GUEST | SPTE_P | SPTE_LINK | SPTE_LARGE) & SPTE_PFN) == 0, "flags lie outside the pfn");
 _Static_assert(((SPTE_HOST | SPTE_NOAD) & SPTE_PFN) == 0 && PFN_BITS == 40, "the pfn ends at bit 51");
@@ -71,13 +79,25 @@ static inline bool spte_is_link(spte_t e)
 	return (e & (SPTE_P | SPTE_LINK)) == (SPTE_P | SPTE_LINK);
 }
 
-/* role: level and all that decides how the guest's entries are decoded. */
-#define ROLE_LEVEL	7u
-#define ROLE_FIVE	(1u << 3)
-#define ROLE_NX		(1u << 4)
-#define ROLE_PAGE1G	(1u << 5)
-#define ROLE_PHYS_SHIFT 6
-#define ROLE_DIRECT	(1u << 12)
+/*
+ * role: level, which guest entries, and all that decides how they are decoded.
+ *
+ *   63    28 27   23 22    20 19    11 10     8  7       6        5    3 2     0
+ *  |  zero  | flags | format | first  | (free) | pass | direct | table  | level |
+ *                      ... and phys_bits above the flags; see role_of_params()
+ *
+ * `table` is the level of the guest's entries, `first` the offset of the first
+ * one in its frame, in units of 8 bytes.
+ */
+#define ROLE_LEVEL	 7u
+#define ROLE_TABLE_SHIFT 3
+#define ROLE_DIRECT	 ((uint64_t)1 << 6)
+#define ROLE_PASS	 ((uint64_t)1 << 7)
+#define ROLE_UNFED	 (ROLE_DIRECT | ROLE_PASS) /* made from no guest entry */
+#define ROLE_FIRST_SHIFT 8			   /* 9 bits */
+#define ROLE_FIRST	 ((uint64_t)(LEVEL_ENTRIES - 1) << ROLE_FIRST_SHIFT)
+#define ROLE_PARAM_SHIFT 17
+#define ROLE_PARAMS	 (~(uint64_t)0 << ROLE_PARAM_SHIFT)
 
 enum reach {
 	REACH_NONE, /* no parent since it was last without one; no TLB holds what it maps */
@@ -95,8 +115,13 @@ struct side {
 
 struct shadow_page {
 	struct shadow_page *hash_next; /* or next in the list of free pages */
-	gfn_t gfn;		       /* of the guest table; direct: first gfn mapped */
-	uint32_t role;
+	gfn_t gfn;		       /* of the guest's entries; direct: first gfn mapped */
+	uint64_t role;
+	const struct pt_format *format; /* from the role, as the next four; NULL: direct */
+	struct pt_params params;
+	uint8_t table_level; /* of the guest's entries */
+	uint8_t split;	     /* log2 of the entries that one of the guest's gives */
+	uint16_t first;	     /* index of the first of them in its frame */
 	uint32_t id;   /* for life */
 	ref_t parents; /* chain of links that point here */
 	uint32_t nparents;
@@ -107,6 +132,7 @@ struct shadow_page {
 	uint8_t level;
 	uint8_t reach;	     /* enum reach */
 	bool used;	     /* in the hash; else free */
+	bool rooted;	     /* has been a root: TLBs may hold what it maps without a parent */
 	bool unsync;	     /* its gfn may be written; flushes re-read it */
 	bool foreign;	     /* for ever so: somebody else writes that memory */
 	bool syncing;	     /* being watched again; not yet relied on */
@@ -211,9 +237,9 @@ void pages_shrink(struct shadow *s); /* zaps down to the limit */
 int pages_init(struct shadow *s);
 void pages_finish(struct shadow *s);
 void pages_trim(struct shadow *s); /* takes the lock itself */
-struct shadow_page *page_find(struct shadow *s, gfn_t gfn, uint32_t role);
-struct shadow_page *page_get(struct shadow *s, gfn_t gfn, uint32_t role);
-/* The next page that shadows a table at gfn; `after` NULL: the first. */
+struct shadow_page *page_find(struct shadow *s, gfn_t gfn, uint64_t role);
+struct shadow_page *page_get(struct shadow *s, gfn_t gfn, uint64_t role);
+/* The next page made from guest entries at gfn; `after` NULL: the first. */
 struct shadow_page *page_next_table(struct shadow *s, struct shadow_page *after, gfn_t gfn);
 void page_zap(struct shadow *s, struct shadow_page *p);
 void page_link(struct shadow *s, struct shadow_page *p, unsigned idx, spte_t guest,
@@ -222,8 +248,8 @@ void page_set_leaf(struct shadow *s, struct shadow_page *p, unsigned idx, spte_t
 void page_drop(struct shadow *s, struct shadow_page *p, unsigned idx);
 void page_void_writes(struct shadow *s, struct shadow_page *p);
 uint64_t entry_gva(const struct shadow_page *p, unsigned idx); /* REACH_ONE */
-void page_root_get(struct shadow *s, struct shadow_cpu *cpu, struct shadow_page *p);
-void page_root_put(struct shadow *s, struct shadow_cpu *cpu);
+void page_root_get(struct shadow *s, struct shadow_cpu *cpu, unsigned root, struct shadow_page *p);
+void page_roots_put(struct shadow *s, struct shadow_cpu *cpu);
 void entry_lost(struct shadow *s, struct shadow_page *p, unsigned idx, uint32_t kinds);
 void entry_clear_write(struct shadow *s, struct shadow_page *p, unsigned idx);
 
@@ -285,23 +311,51 @@ void page_unsync(struct shadow *s, struct shadow_page *p);
 void gfn_unsync(struct shadow *s, gfn_t gfn);
 struct guest_entry;
 bool same_target(struct shadow *s, const struct shadow_page *p, unsigned idx, const struct guest_entry *g);
-void sync_entry(struct shadow *s, struct shadow_page *p, unsigned idx, const uint64_t *table);
+void sync_entry(struct shadow *s, struct shadow_page *p, unsigned idx, const void *table);
 int code_break(struct shadow *s, gfn_t gfn);
+/* A use has changed a guest entry: pages of all roles follow. */
+void entry_used(struct shadow *s, gpa_t gpa, unsigned bytes);
 
 /* -- walk.c ---------------------------------------------------------------- */
 
-const struct pt_format *role_format(uint32_t role);
-struct pt_params role_params(uint32_t role);
-uint32_t mode_role(const struct shadow_mode *mode);
-/* The table's contents, inside rcu_enter(): NULL if its page is not present. */
-const uint64_t *table_map(struct shadow *s, gfn_t gfn);
+/* gfn and role of a root's page. */
+gfn_t root_gfn(const struct pt_root *r);
+uint64_t root_role(const struct pt_root *r);
+/* Fills what a page keeps of its role. */
+void page_shape(struct shadow_page *p);
+/* The frame's contents, inside rcu_enter(): NULL if its page is not present. */
+const void *table_map(struct shadow *s, gfn_t gfn);
+/* The guest entry that p[idx] is made from. */
+static inline uint64_t table_entry(const struct shadow_page *p, const void *table, unsigned idx)
+{
+	unsigned i = p->first + (idx >> p->split);
+
+	return p->format->entry_bytes == sizeof(uint32_t) ? READ_ONCE(((const uint32_t *)table)[i])
+							  : READ_ONCE(((const uint64_t *)table)[i]);
+}
+/* Bits that may take from one mode what they give another: SMEP, SMAP, PAN, WXN, keys. */
+static inline spte_t no_grants(const struct shadow_page *p)
+{
+	return SPTE_U | SPTE_PKEY | (p->format->entangled ? SPTE_W | SPTE_UX : 0);
+}
+/* What the entries of a path, ANDed, let the guest do. */
+static inline struct pt_rights guest_rights(spte_t guest)
+{
+	return (struct pt_rights){
+	    .perm = KAGE_READ | (guest & SPTE_W ? KAGE_WRITE : 0) | (guest & SPTE_X ? KAGE_EXEC : 0),
+	    .user = guest & SPTE_U,
+	    .user_exec = guest & SPTE_UX,
+	    .pkey = (guest & SPTE_PKEY) >> SPTE_PKEY_SHIFT,
+	};
+}
 /* No accessed or dirty bit can be set in it (walk.c G2). */
 bool table_readonly(struct shadow *s, gfn_t gfn);
 /* What a guest entry comes to. */
 struct guest_entry {
 	spte_t bits; /* SPTE_GUEST, SPTE_NOAD */
 	bool leaf;   /* maps memory; else the next table */
-	gfn_t target;
+	gfn_t target; /* leaf: the first that p[idx] maps; else of the page below */
+	uint64_t role; /* of the page below */
 };
 /*
  * False if the entry at p[idx] cannot be shadowed as it is: not present, reserved, accessed bit clear (which
@@ -309,10 +363,18 @@ struct guest_entry {
  */
 bool guest_entry(struct shadow *s, const struct shadow_page *p, unsigned idx, uint64_t raw,
 		 struct guest_entry *g);
+/* The same of a page that is made from none. */
+void unfed_entry(const struct shadow_page *p, unsigned idx, struct guest_entry *g);
 /* One whole walk with faults, accessed and dirty bits. KAGE_OK: the shadow walk may go on; KAGE_RETRY: raced.
  */
 int walk_guest(struct shadow_cpu *cpu, uint64_t gva, uint32_t access, struct kage_fault *fault);
-bool gva_canonical(const struct shadow_mode *mode, uint64_t gva);
+/* The root for an address, or -1: no walk is needed to tell that the guest faults, *fault says how. */
+int find_root(const struct pt_guest *mode, uint64_t gva, uint32_t access, struct kage_fault *fault);
+/* The index of an address in a page of its root's tree. */
+static inline unsigned root_index(const struct pt_root *r, uint64_t gva, unsigned level)
+{
+	return level_index(GFN(pt_root_offset(r, gva) >> PAGE_SHIFT), level);
+}
 
 /* -- invalidate.c ---------------------------------------------------------- */
 

@@ -292,7 +292,7 @@ static void zap_tables(struct shadow *s, gfn_t start, gfn_t end)
 	if (end.v - start.v > s->ntables) {
 		list_for_each_safe(n, tmp, &s->pages) {
 			p = container_of(n, struct shadow_page, node);
-			if (!(p->role & ROLE_DIRECT) && p->gfn.v >= start.v && p->gfn.v < end.v)
+			if (!(p->role & ROLE_UNFED) && p->gfn.v >= start.v && p->gfn.v < end.v)
 				page_zap(s, p);
 		}
 		return;

@@ -51,18 +51,14 @@ struct map {
 	uint64_t gva;
 	uint32_t access;
 	unsigned flags;
+	unsigned root;		   /* that translates gva */
 	const struct mm_fault *mf; /* validated; NULL: none yet */
 	/* derived on the way down (AND along the path) */
-	spte_t guest;		   /* SPTE_W, U, X, D and the key of the guest's leaf */
+	spte_t guest;		   /* SPTE_ALL and the key of the guest's leaf */
 	struct shadow_page *table; /* that holds the guest's leaf entry */
 	/* out */
 	gfn_t gfn;
 };
-
-static uint32_t guest_perm(spte_t guest)
-{
-	return KAGE_READ | (guest & SPTE_W ? KAGE_WRITE : 0) | (guest & SPTE_X ? KAGE_EXEC : 0);
-}
 
 static uint32_t host_rights(spte_t e)
 {
@@ -96,9 +92,7 @@ static void fill(struct map *m, uint32_t rights, pfn_t pfn, bool large)
 
 static void fill_from_leaf(struct map *m, struct shadow_page *p, spte_t e)
 {
-	const struct x86_mode *mode = &m->cpu->mode.x86;
-	uint8_t key = (m->guest & SPTE_PKEY) >> SPTE_PKEY_SHIFT;
-	uint32_t rights = x86_allowed(mode, guest_perm(m->guest), m->guest & SPTE_U, key) & host_rights(e);
+	uint32_t rights = pt_allowed(&m->cpu->mode, guest_rights(m->guest)) & host_rights(e);
 	pfn_t pfn = spte_pfn(e);
 
 	if (!(m->guest & SPTE_D))
@@ -194,10 +188,10 @@ static enum map_step install(struct map *m, struct shadow_page *p, unsigned idx,
 /* May the guest, and what of the primary table is needed? MAP_DONE: map.mf is there for map.gfn. */
 static enum map_step leaf_check(struct map *m, struct chunk *c, spte_t e)
 {
-	uint8_t key = (m->guest & SPTE_PKEY) >> SPTE_PKEY_SHIFT;
+	const struct pt_guest *mode = &m->cpu->mode;
 	enum map_step step;
 
-	if (x86_check(&m->cpu->mode.x86, guest_perm(m->guest), m->guest & SPTE_U, key, m->access))
+	if (!mode->arch->allows(mode, guest_rights(m->guest), m->access))
 		return MAP_WALK;
 	if ((m->access & KAGE_WRITE) && !(m->guest & SPTE_D) && !table_readonly(m->s, m->table->gfn))
 		return MAP_WALK;
@@ -247,12 +241,11 @@ static struct shadow_page *map_leaf(struct map *m, struct shadow_page *p, unsign
 static enum map_step read_guest(struct map *m, struct shadow_page *p, unsigned idx, struct guest_entry *g)
 {
 	struct shadow *s = m->s;
-	const uint64_t *table;
+	const void *table;
 	uint64_t raw = 0;
 
-	if (p->role & ROLE_DIRECT) {
-		*g = (struct guest_entry){.bits = SPTE_W | SPTE_U | SPTE_X | SPTE_D, .leaf = true};
-		g->target = gfn_add(p->gfn, idx * level_pages(p->level));
+	if (p->role & ROLE_UNFED) {
+		unfed_entry(p, idx, g);
 		return MAP_DONE;
 	}
 	m->gfn = p->gfn;
@@ -263,16 +256,16 @@ static enum map_step read_guest(struct map *m, struct shadow_page *p, unsigned i
 	rcu_enter();
 	table = table_map(s, p->gfn);
 	if (table)
-		raw = READ_ONCE(table[idx]);
+		raw = table_entry(p, table, idx);
 	rcu_leave();
 	return table && guest_entry(s, p, idx, raw, g) ? MAP_DONE : MAP_WALK;
 }
 
-/* Makes a table's page, watched. */
+/* Makes a table's page, watched, or one that leads to such. */
 static enum map_step make_table(struct map *m, struct shadow_page *p, unsigned idx,
 				const struct guest_entry *g)
 {
-	struct shadow_page *child = page_get(m->s, g->target, (p->role & ~ROLE_LEVEL) | (p->level - 1u));
+	struct shadow_page *child = page_get(m->s, g->target, g->role);
 
 	page_link(m->s, p, idx, g->bits, child);
 	batch_apply(m->s);
@@ -286,14 +279,14 @@ static enum map_step map_down(struct map *m, struct shadow_page *p)
 	struct shadow *s = m->s;
 
 	for (;;) {
-		unsigned idx = level_index(GFN(m->gva >> PAGE_SHIFT), p->level);
+		unsigned idx = root_index(&m->cpu->mode.root[m->root], m->gva, p->level);
 		spte_t e = p->spte[idx];
 		struct guest_entry g = {.bits = e & SPTE_GUEST};
 		enum map_step step;
 
 		if (p->level <= 1)
 			page_settle(s, p), e = p->spte[idx];
-		if (!(p->role & ROLE_DIRECT))
+		if (!(p->role & ROLE_UNFED))
 			m->table = p;
 		if (!(e & SPTE_P)) {
 			step = read_guest(m, p, idx, &g);
@@ -320,17 +313,16 @@ static enum map_step map_down(struct map *m, struct shadow_page *p)
 static enum map_step map_paged(struct map *m)
 {
 	struct shadow_cpu *cpu = m->cpu;
-	unsigned top = cpu->mode.format->levels - 1u;
-	struct shadow_page *root = cpu->root;
+	struct shadow_page *root = cpu->root[m->root];
 
 	if (!root) {
-		root = page_get(m->s, GFN(cpu->mode.root >> PAGE_SHIFT), cpu->role | top);
-		page_root_get(m->s, cpu, root);
+		root = page_get(m->s, root_gfn(&cpu->mode.root[m->root]), cpu->role[m->root]);
+		page_root_get(m->s, cpu, m->root, root);
 		batch_apply(m->s);
 		if (!root->settle_seq)
 			root->settle_seq = m->s->dirty_seq;
 	}
-	m->guest = SPTE_W | SPTE_U | SPTE_X | SPTE_D;
+	m->guest = SPTE_ALL;
 	return map_down(m, root);
 }
 
@@ -375,7 +367,7 @@ static enum map_step map(struct map *m)
 			return MAP_MEMORY;
 		if (s->npages + NEED_PAGES > s->limit)
 			pages_shrink(s);
-		step = m->cpu->mode.format ? map_paged(m) : map_direct(m);
+		step = m->cpu->mode.nroots ? map_paged(m) : map_direct(m);
 		batch_apply(s);
 	} while (step == MAP_AGAIN);
 	return step;
@@ -445,13 +437,13 @@ int shadow_fault(struct shadow_cpu *cpu, uint64_t gva, uint32_t access, unsigned
 		 struct kage_fault *fault)
 {
 	struct map m = {.s = cpu->shadow, .cpu = cpu, .gva = gva, .access = access, .flags = flags};
+	int root = find_root(&cpu->mode, gva, access, fault);
 
 	atomic_store_explicit(&cpu->misses, atomic_load_explicit(&cpu->misses, memory_order_relaxed) + 1,
 			      memory_order_relaxed);
-	if (cpu->mode.format && !gva_canonical(&cpu->mode, gva)) {
-		fault->vector = 13;
+	if (root < 0)
 		return KAGE_GUEST_FAULT;
-	}
+	m.root = (unsigned)root;
 	for (;;) {
 		enum map_step step;
 		int r;

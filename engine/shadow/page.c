@@ -35,7 +35,7 @@ static uint32_t page_slot(const struct shadow *s, gfn_t gfn, uint32_t bits)
 	return (uint32_t)((gfn.v * 0x9e3779b97f4a7c15ull) >> (64 - bits));
 }
 
-struct shadow_page *page_find(struct shadow *s, gfn_t gfn, uint32_t role)
+struct shadow_page *page_find(struct shadow *s, gfn_t gfn, uint64_t role)
 {
 	struct shadow_page *p = s->page_hash[page_slot(s, gfn, s->page_bits)];
 
@@ -48,7 +48,7 @@ struct shadow_page *page_next_table(struct shadow *s, struct shadow_page *after,
 {
 	struct shadow_page *p = after ? after->hash_next : s->page_hash[page_slot(s, gfn, s->page_bits)];
 
-	while (p && (p->gfn.v != gfn.v || (p->role & ROLE_DIRECT)))
+	while (p && (p->gfn.v != gfn.v || (p->role & ROLE_UNFED)))
 		p = p->hash_next;
 	return p;
 }
@@ -59,17 +59,12 @@ uint64_t entry_gva(const struct shadow_page *p, unsigned idx)
 {
 	unsigned shift = PAGE_SHIFT + LEVEL_BITS * p->level;
 	uint64_t gva = p->gva + ((uint64_t)idx << shift);
-	unsigned top = p->role & ROLE_FIVE ? 56 : 47;
+	unsigned top = shift + LEVEL_BITS - 1;
 
 	/* Only a root's own entries reach the upper half; below it the address has the sign already. */
-	if (shift + LEVEL_BITS - 1 == top && (gva >> top & 1))
+	if (p->format && p->format->sign_extended && p->level == p->format->levels - 1u && (gva >> top & 1))
 		gva |= ~(uint64_t)0 << top;
 	return gva;
-}
-
-static bool page_is_top(const struct shadow_page *p)
-{
-	return !(p->role & ROLE_DIRECT) && p->level == (p->role & ROLE_FIVE ? 4 : 3);
 }
 
 /* A link at `gva` (or anywhere, if !one) leads to the page from now on. Recursion is bounded by the levels.
@@ -134,7 +129,7 @@ static void page_unlink(struct shadow *s, struct shadow_page *p, unsigned idx, s
 		child->parents = side->next;
 	*side = (struct side){0};
 	child->nparents--;
-	if (!child->nparents && !page_is_top(child))
+	if (!child->nparents && !child->rooted)
 		child->reach = REACH_NONE;
 	idle_check(s, child);
 }
@@ -189,7 +184,7 @@ void page_void_writes(struct shadow *s, struct shadow_page *p)
 
 /* -- pages ----------------------------------------------------------------- */
 
-struct shadow_page *page_get(struct shadow *s, gfn_t gfn, uint32_t role)
+struct shadow_page *page_get(struct shadow *s, gfn_t gfn, uint64_t role)
 {
 	struct shadow_page *p = page_find(s, gfn, role);
 	uint32_t slot = page_slot(s, gfn, s->page_bits);
@@ -204,11 +199,11 @@ struct shadow_page *page_get(struct shadow *s, gfn_t gfn, uint32_t role)
 	p->used = true;
 	p->gfn = gfn;
 	p->role = role;
-	p->level = role & ROLE_LEVEL;
+	page_shape(p);
 	p->writes = p->quiet = 0;
-	p->unsync = p->foreign = p->syncing = false;
+	p->unsync = p->foreign = p->syncing = p->rooted = false;
 	p->gva = 0;
-	p->reach = page_is_top(p) ? REACH_ONE : REACH_NONE;
+	p->reach = REACH_NONE;
 	p->write_gen = s->write_gen;
 	p->settle_seq = 0;
 	p->hash_next = s->page_hash[slot];
@@ -217,7 +212,7 @@ struct shadow_page *page_get(struct shadow *s, gfn_t gfn, uint32_t role)
 	list_init(&p->idle);
 	list_init(&p->unsync_node);
 	list_add_tail(&s->idle, &p->idle);
-	if (!(role & ROLE_DIRECT)) {
+	if (!(role & ROLE_UNFED)) {
 		s->ntables++;
 		track_page(s, p);
 	}
@@ -240,8 +235,9 @@ static void roots_forget(struct shadow *s, struct shadow_page *p)
 	list_for_each(n, &s->cpus) {
 		struct shadow_cpu *cpu = container_of(n, struct shadow_cpu, node);
 
-		if (cpu->root == p)
-			cpu->root = NULL;
+		for (unsigned i = 0; i < PT_ROOTS; i++)
+			if (cpu->root[i] == p)
+				cpu->root[i] = NULL;
 	}
 	p->roots = 0;
 }
@@ -254,7 +250,7 @@ void page_zap(struct shadow *s, struct shadow_page *p)
 		page_drop(s, p, i);
 	roots_forget(s, p);
 	page_unhash(s, p);
-	if (!(p->role & ROLE_DIRECT)) {
+	if (!(p->role & ROLE_UNFED)) {
 		s->ntables--;
 		untrack_page(s, p);
 	}
@@ -267,21 +263,25 @@ void page_zap(struct shadow *s, struct shadow_page *p)
 	s->npages--;
 }
 
-void page_root_put(struct shadow *s, struct shadow_cpu *cpu)
+void page_roots_put(struct shadow *s, struct shadow_cpu *cpu)
 {
-	struct shadow_page *p = cpu->root;
+	for (unsigned i = 0; i < PT_ROOTS; i++) {
+		struct shadow_page *p = cpu->root[i];
 
-	if (!p)
-		return;
-	cpu->root = NULL;
-	p->roots--;
-	idle_check(s, p);
+		if (!p)
+			continue;
+		cpu->root[i] = NULL;
+		p->roots--;
+		idle_check(s, p);
+	}
 }
 
-void page_root_get(struct shadow *s, struct shadow_cpu *cpu, struct shadow_page *p)
+void page_root_get(struct shadow *s, struct shadow_cpu *cpu, unsigned root, struct shadow_page *p)
 {
-	cpu->root = p;
+	cpu->root[root] = p;
 	p->roots++;
+	p->rooted = true;
+	reach_add(s, p, true, cpu->mode.root[root].base);
 	idle_check(s, p);
 }
 

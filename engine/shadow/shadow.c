@@ -9,7 +9,7 @@
  * Invariants:
  *  L1  a vCPU in the list has a reader attached to the mm, so the mm cannot be
  *      destroyed before it has left.
- *  L2  cpu->root is NULL or a page in use whose `roots` counts this vCPU.
+ *  L2  each of cpu->root is NULL or a page in use whose `roots` counts it.
  *
  * Locks: the maker's lock over shadow_get(); shadow lock and cpus_lock (write)
  * for the list of vCPUs.
@@ -107,7 +107,6 @@ int shadow_attach(struct shadow *s, struct shadow_cpu *cpu)
 	if (r)
 		return r;
 	cpu->shadow = s;
-	cpu->mode = (struct shadow_mode){0};
 	brlock_write(&s->cpus_lock);
 	lock_take(&s->lock);
 	list_add_tail(&s->cpus, &cpu->node);
@@ -125,7 +124,7 @@ void shadow_detach(struct shadow_cpu *cpu)
 	brlock_write(&s->cpus_lock);
 	lock_take(&s->lock);
 	list_del(&cpu->node);
-	page_root_put(s, cpu);
+	page_roots_put(s, cpu);
 	s->direct_cpus -= cpu->direct_used;
 	if (cpu->ops->code_written)
 		s->code_cpus--;
@@ -135,19 +134,23 @@ void shadow_detach(struct shadow_cpu *cpu)
 	notify_reader_detach(&cpu->reader);
 }
 
-void shadow_set_mode(struct shadow_cpu *cpu, const struct shadow_mode *mode)
+void shadow_set_mode(struct shadow_cpu *cpu, const struct pt_guest *mode)
 {
 	struct shadow *s = cpu->shadow;
-	struct shadow_page *root;
 
 	lock_take(&s->lock);
-	page_root_put(s, cpu);
+	page_roots_put(s, cpu);
 	cpu->mode = *mode;
-	if (mode->format) {
-		cpu->role = mode_role(mode);
-		root = page_find(s, GFN(mode->root >> PAGE_SHIFT), cpu->role | (mode->format->levels - 1u));
-		if (root)
-			page_root_get(s, cpu, root);
+	for (unsigned i = 0; i < mode->nroots; i++) {
+		const struct pt_root *r = &mode->root[i];
+		struct shadow_page *p;
+
+		if (r->state != PT_TABLE)
+			continue;
+		cpu->role[i] = root_role(r);
+		p = page_find(s, root_gfn(r), cpu->role[i]);
+		if (p)
+			page_root_get(s, cpu, i, p);
 	}
 	lock_drop(&s->lock);
 }

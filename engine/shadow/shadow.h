@@ -20,6 +20,7 @@
 #include <kage/vcpu.h>
 #include "base/guest.h"
 #include "mm/mm.h"
+#include "pt/guest.h"
 
 struct shadow;
 struct shadow_cpu;
@@ -54,15 +55,6 @@ struct shadow_cpu_ops {
 	void (*audit)(struct shadow_cpu *cpu, struct audit *a);
 };
 
-/* What the registers say about translation. */
-struct shadow_mode {
-	const struct pt_format *format; /* NULL: paging is off, gva is gpa */
-	struct pt_params params;
-	struct x86_mode x86;
-	bool pcid;     /* several address spaces keep their translations: INVLPG reaches them all */
-	uint64_t root; /* physical address of the root table */
-};
-
 struct shadow_cpu {
 	/* set by the backend before shadow_attach() */
 	const struct shadow_cpu_ops *ops;
@@ -76,10 +68,10 @@ struct shadow_cpu {
 	/* the shadow MMU's */
 	struct shadow *shadow;
 	struct list node;
-	struct shadow_mode mode;
-	uint32_t role;		  /* of its root, without the level */
-	bool direct_used;	  /* its TLB may hold translations from paging off */
-	struct shadow_page *root; /* NULL: to be looked up. Under the shadow lock */
+	struct pt_guest mode;	    /* what the registers say about translation */
+	uint64_t role[PT_ROOTS];    /* of its roots */
+	bool direct_used;	    /* its TLB may hold translations from paging off */
+	struct shadow_page *root[PT_ROOTS]; /* NULL: to be looked up. Under the shadow lock */
 	struct notify_reader reader;
 };
 
@@ -95,13 +87,13 @@ enum shadow_fault_flags {
 
 /* The guest's shadow MMU, made and put into *slot if there is none. `lock` guards the making. -ENOMEM. */
 int shadow_get(struct mm *mm, struct shadow *_Atomic *slot, struct lock *lock, struct shadow **out);
-/* Adds a vCPU, paging off. -ENOMEM. */
+/* Adds a vCPU; shadow_set_mode() comes before its first use. -ENOMEM. */
 int shadow_attach(struct shadow *s, struct shadow_cpu *cpu);
 /* Removes one that no thread uses; returns when nobody looks at it any more. */
 void shadow_detach(struct shadow_cpu *cpu);
 /* The vCPU's registers changed. A kept root makes this a lookup. The TLB's contexts are the backend's
  * business. */
-void shadow_set_mode(struct shadow_cpu *cpu, const struct shadow_mode *mode);
+void shadow_set_mode(struct shadow_cpu *cpu, const struct pt_guest *mode);
 /* Adds to the fields shadow_*, table_writes, tlb_*, shootdowns, window_waits. */
 /* The calling thread is between enter and leave of one of the guest's vCPUs. */
 bool shadow_entered(struct shadow *s);
@@ -140,7 +132,7 @@ int shadow_sync_all(struct shadow *s);
 /* Faults and changes are stopped by the caller; vCPUs may go on using their TLBs. */
 void shadow_audit(struct shadow *s, struct audit *a);
 /* One TLB entry of the vCPU for translations made in `mode`. Under the shadow lock. */
-void shadow_audit_tlb(struct shadow_cpu *cpu, const struct shadow_mode *mode, const struct shadow_fill *f,
+void shadow_audit_tlb(struct shadow_cpu *cpu, const struct pt_guest *mode, const struct shadow_fill *f,
 		      struct audit *a);
 int shadow_dump(struct shadow *s, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg);
 /* The guest's own tables, by the registers of its first vCPU. -ENOENT: it has none. Paging off: nothing is

@@ -151,28 +151,27 @@ bool same_target(struct shadow *s, const struct shadow_page *p, unsigned idx, co
 	if (spte_is_leaf(p->spte[idx]))
 		return g->leaf && p->side[idx].gfn == g->target.v;
 	child = spte_child(s, p->spte[idx]);
-	return child->gfn.v == g->target.v && g->leaf == !!(child->role & ROLE_DIRECT);
+	return child->gfn.v == g->target.v && (g->leaf ? child->role & ROLE_DIRECT : child->role == g->role);
 }
 
 /*
  * Makes an entry agree with the guest's again: keeps it, grants it what the
  * guest added, or drops it. `table` NULL: find the table.
  */
-void sync_entry(struct shadow *s, struct shadow_page *p, unsigned idx, const uint64_t *table)
+void sync_entry(struct shadow *s, struct shadow_page *p, unsigned idx, const void *table)
 {
-	spte_t e = p->spte[idx], u_or_key = SPTE_U | SPTE_PKEY;
+	spte_t e = p->spte[idx];
 	struct guest_entry g;
 	bool same;
 
-	if (!(e & SPTE_P) || (p->role & ROLE_DIRECT))
+	if (!(e & SPTE_P) || (p->role & ROLE_UNFED))
 		return;
 	rcu_enter();
 	if (!table)
 		table = table_map(s, p->gfn);
-	same = table && guest_entry(s, p, idx, READ_ONCE(table[idx]), &g) && same_target(s, p, idx, &g);
+	same = table && guest_entry(s, p, idx, table_entry(p, table, idx), &g) && same_target(s, p, idx, &g);
 	rcu_leave();
-	/* U is no plain grant: SMEP and SMAP take from the supervisor what it gives to the user. */
-	if (!same || ((e ^ g.bits) & u_or_key) || (e & ~g.bits & SPTE_GUEST))
+	if (!same || ((e ^ g.bits) & no_grants(p)) || (e & ~g.bits & SPTE_GUEST))
 		page_drop(s, p, idx);
 	else
 		p->spte[idx] = (e & ~SPTE_NOAD) | g.bits;
@@ -181,7 +180,7 @@ void sync_entry(struct shadow *s, struct shadow_page *p, unsigned idx, const uin
 /* True if anything changed. */
 static bool sync_whole(struct shadow *s, struct shadow_page *p)
 {
-	const uint64_t *table;
+	const void *table;
 	bool changed = false;
 
 	rcu_enter();
@@ -201,11 +200,34 @@ static bool sync_whole(struct shadow *s, struct shadow_page *p)
 	return changed;
 }
 
-static void page_written(struct shadow *s, struct shadow_page *p, unsigned first, unsigned last)
+/* Makes the entries agree that are made from bytes `first` to `last` of the frame. */
+static void sync_bytes(struct shadow *s, struct shadow_page *p, uint64_t first, uint64_t last)
+{
+	uint64_t bytes = p->format->entry_bytes, own = p->first, n = LEVEL_ENTRIES >> p->split;
+
+	first = MAX(first / bytes, own);
+	last = MIN(last / bytes, own + n - 1);
+	if (first > last)
+		return;
+	for (uint64_t i = (first - own) << p->split; i < (last + 1 - own) << p->split; i++)
+		sync_entry(s, p, (unsigned)i, NULL);
+}
+
+void entry_used(struct shadow *s, gpa_t gpa, unsigned bytes)
+{
+	gfn_t gfn = gpa_gfn(gpa);
+
+	lock_take(&s->lock);
+	for (struct shadow_page *p = page_next_table(s, NULL, gfn); p; p = page_next_table(s, p, gfn))
+		sync_bytes(s, p, gpa_offset(gpa), gpa_offset(gpa) + bytes - 1);
+	batch_apply(s);
+	lock_drop(&s->lock);
+}
+
+static void page_written(struct shadow *s, struct shadow_page *p, uint64_t first, uint64_t last)
 {
 	shadow_count_locked(s, table_writes);
-	for (unsigned i = first; i <= last; i++)
-		sync_entry(s, p, i, NULL);
+	sync_bytes(s, p, first, last);
 	if (p->unsync && !p->syncing)
 		return;
 	p->writes++;
@@ -225,7 +247,7 @@ static void gfn_written(struct shadow *s, gfn_t gfn, uint64_t offset, uint64_t l
 	lock_take(&s->lock);
 	for (struct shadow_page *p = page_next_table(s, NULL, gfn); p; p = next) {
 		next = page_next_table(s, p, gfn);
-		page_written(s, p, offset / 8, (offset + len - 1) / 8);
+		page_written(s, p, offset, offset + len - 1);
 	}
 	batch_apply(s);
 	code = chunk_code(chunk_find(s, gfn), gfn);
@@ -243,8 +265,8 @@ static void range_written(struct shadow *s, gpa_t gpa, uint64_t len)
 	list_for_each_safe(n, tmp, &s->pages) {
 		struct shadow_page *p = container_of(n, struct shadow_page, node);
 
-		if (!(p->role & ROLE_DIRECT) && p->gfn.v >= start.v && p->gfn.v <= last.v)
-			page_written(s, p, 0, LEVEL_ENTRIES - 1);
+		if (!(p->role & ROLE_UNFED) && p->gfn.v >= start.v && p->gfn.v <= last.v)
+			page_written(s, p, 0, PAGE_SIZE - 1);
 	}
 	batch_apply(s);
 	lock_drop(&s->lock);
@@ -294,6 +316,15 @@ static bool may_map(const struct shadow_page *p, uint64_t gva)
 	return p->reach == REACH_MANY || (p->reach == REACH_ONE && gva - p->gva < BLOCK_PAGES * PAGE_SIZE);
 }
 
+/* What is made from the guest entry that p[idx] is made from: a flush of a page is one of the guest's page size. */
+static void sync_siblings(struct shadow *s, struct shadow_page *p, unsigned idx)
+{
+	unsigned n = 1u << p->split, first = idx & ~(n - 1);
+
+	for (unsigned i = first; i < first + n; i++)
+		sync_entry(s, p, i, NULL);
+}
+
 /* Unsync pages above level 0 are re-read whole: INVLPG drops every paging-structure cache (SDM vol.
  * 3A 4.10.4.1). */
 static void sync_listed(struct shadow *s, uint64_t gva)
@@ -301,34 +332,39 @@ static void sync_listed(struct shadow *s, uint64_t gva)
 	list_for_each_safe(n, tmp, &s->unsync) {
 		struct shadow_page *p = container_of(n, struct shadow_page, unsync_node);
 
-		if (p->level > 0)
+		if (p->level > 0 || (p->rooted && p->reach == REACH_MANY))
 			sync_whole(s, p);
 		else if (may_map(p, gva))
-			sync_entry(s, p, level_index(GFN(gva >> PAGE_SHIFT), 0), NULL);
+			sync_siblings(s, p, level_index(GFN((gva - p->gva) >> PAGE_SHIFT), 0));
 	}
 }
 
-static void sync_path(struct shadow *s, struct shadow_page *p, uint64_t gva)
+static void sync_path(struct shadow *s, struct shadow_cpu *cpu, unsigned root, uint64_t gva)
 {
+	struct shadow_page *p = cpu->root[root];
+
 	while (p) {
-		unsigned idx = level_index(GFN(gva >> PAGE_SHIFT), p->level);
+		unsigned idx = root_index(&cpu->mode.root[root], gva, p->level);
 
 		if (p->unsync)
-			sync_entry(s, p, idx, NULL);
+			sync_siblings(s, p, idx);
 		p = spte_is_link(p->spte[idx]) ? spte_child(s, p->spte[idx]) : NULL;
 	}
 }
 
 int shadow_sync_page(struct shadow_cpu *cpu, uint64_t gva)
 {
+	const struct pt_guest *mode = &cpu->mode;
 	struct shadow *s = cpu->shadow;
 
 	lock_take(&s->lock);
-	if (s->nunsync && cpu->mode.format) {
-		if (cpu->mode.pcid || s->nunsync_upper || !cpu->root)
+	if (s->nunsync && mode->nroots) {
+		int root = mode->arch->root_of(mode, gva);
+
+		if (mode->asids || s->nunsync_upper || root < 0 || !cpu->root[root])
 			sync_listed(s, gva);
 		else
-			sync_path(s, cpu->root, gva);
+			sync_path(s, cpu, (unsigned)root, gva);
 		batch_apply(s);
 	}
 	lock_drop(&s->lock);

@@ -161,18 +161,23 @@ KAGE_API void kage_vcpu_destroy(struct kage_vcpu *vcpu);
 
 /**
  * Sets the registers (x86: struct kage_x86_regs, arm64: struct kage_arm64_regs,
- * `size` its size).
+ * `size` its size). Outside a window of use.
+ *
+ * x86: a CR3 value other than the present one counts as a MOV to CR3 with the
+ * flushes that has; changes of CR0.PG, CR4.PSE, PGE, PAE, PCIDE, SMEP, LA57 and
+ * EFER.NXE flush as the manual says (Intel SDM vol. 3A, 4.10.4). 32-bit paging
+ * has 4 MiB pages of 40-bit addresses (PSE-36). With PAE paging the four PDPTEs
+ * are registers: they are read from memory when CR3 changes and with the
+ * changes of CR0 and CR4 that the manual names (4.4.1), or by KAGE_FLUSH_CR3,
+ * and one with a reserved bit is refused. Addresses from 4 GiB up, which these
+ * modes do not have, fault like those that are not canonical. Returns KAGE_OK,
+ * -EINVAL (a combination the CPU would refuse, or a reserved bit), -EOPNOTSUPP
+ * (CET, PKS, LAM); with PAE paging KAGE_WAIT and -EFAULT, -ENOMEM of the read,
+ * and then no register has changed.
  *
  * arm64: nothing is flushed but what the architecture promises to see at once;
- * a switch of TTBRn or ASID finds what earlier use has left. -EINVAL: an EL
- * above 1; -EOPNOTSUPP: EE.
- *
- * x86: A CR3 value
- * other than the present one counts as a MOV to CR3 with the flushes that has;
- * changes of CR0.PG, CR4.PGE, PAE, PCIDE, SMEP, LA57 and EFER.NXE flush as the
- * manual says (Intel SDM vol. 3A, 4.10.4). Returns KAGE_OK or -EINVAL (a
- * combination the CPU would refuse, or a reserved bit), -EOPNOTSUPP (paging
- * modes of a later version: 32-bit and PAE). Outside a window of use.
+ * a switch of TTBRn or ASID finds what earlier use has left. Returns KAGE_OK,
+ * -EINVAL (an EL above 1), -EOPNOTSUPP (EE).
  */
 KAGE_API int kage_vcpu_set_regs(struct kage_vcpu *vcpu, const void *arch_regs, size_t size);
 
@@ -199,7 +204,10 @@ struct kage_flush {
 	uint64_t value;
 };
 
-/** What the guest's flush instructions do. Returns KAGE_OK, -EINVAL, -E2BIG. Outside a window of use. */
+/**
+ * What the guest's flush instructions do. Returns KAGE_OK, -EINVAL, -E2BIG; KAGE_FLUSH_CR3 with PAE paging
+ * also what kage_vcpu_set_regs() returns then. Outside a window of use.
+ */
 KAGE_API int kage_vcpu_flush(struct kage_vcpu *vcpu, const struct kage_flush *flush);
 
 /** Offsets of the inline layout. Returns KAGE_OK, -EINVAL, -E2BIG. */
