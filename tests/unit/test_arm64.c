@@ -1,0 +1,527 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * arm64 guests through the public API, rule by rule: syndromes and their order,
+ * rights, access flag and dirty state, table attributes, sizes of addresses, both
+ * roots, tags, flushes, switches. Expected values are the Arm ARM's (D8, D17.2).
+ */
+#include <errno.h>
+#include "guest_tables.h"
+
+#define VALID	  1ull
+#define TABLE	  2ull
+#define EL0	  0x40ull
+#define RO	  0x80ull
+#define AF	  0x400ull
+#define NG	  0x800ull
+#define DBM	  (1ull << 51)
+#define CONT	  (1ull << 52)
+#define PXN	  (1ull << 53)
+#define UXN	  (1ull << 54)
+#define T_PXN	  (1ull << 59)
+#define T_UXN	  (1ull << 60)
+#define T_EL0	  (1ull << 61)
+#define T_RO	  (1ull << 62)
+#define PAGE	  (VALID | TABLE | AF)
+#define BLOCK	  (VALID | AF)
+#define NEXT	  (VALID | TABLE)
+
+#define TCR_TG0(n) ((uint64_t)(n) << 14)
+#define TCR_TG1_4K (2ull << 30)
+#define TCR_IPS(n) ((uint64_t)(n) << 32)
+#define TCR_HA	   (1ull << 39)
+#define TCR_HD	   (1ull << 40)
+#define TCR_HPD0   (1ull << 41)
+#define TCR_TBI0   (1ull << 37)
+#define TCR_TBI1   (1ull << 38)
+#define TCR_EPD1   (1ull << 23)
+#define TCR_DS	   (1ull << 59)
+#define TCR_48	   (16 | 16ull << 16 | TCR_TG1_4K | TCR_IPS(5))
+#define WXN	   (1ull << 19)
+#define EPAN	   (1ull << 57)
+#define PAN	   (1ull << 22)
+#define EL1	   4ull
+
+#define TRANSLATION(level)  (0x04u + (level)) /* FSC, by Arm's level */
+#define ACCESS_FLAG(level)  (0x08u + (level))
+#define PERMISSION(level)   (0x0cu + (level))
+#define ADDRESS_SIZE(level) (0x00u + (level))
+#define WNR		    0x40u
+
+#define RAM  (64 * MIB)
+#define HIGH 0xffff000000000000ull
+
+static struct guest g;
+static struct kage_arm64_regs arm;
+static uint64_t root;
+
+static void regs(void)
+{
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &arm, sizeof(arm)), KAGE_OK);
+}
+
+static struct kage_vcpu *cpu_with(uint32_t features, uint32_t phys_bits)
+{
+	struct kage_vcpu *cpu;
+
+	ck_assert_int_eq(kage_vcpu_create(g.vm,
+					  KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI, .arch = KAGE_ARCH_ARM64,
+						   .features = features, .phys_bits = phys_bits),
+					  &cpu),
+			 KAGE_OK);
+	return cpu;
+}
+
+/* 4K, 48 bits, TTBR0 only used; tables for gva 0x400000 (level 3 of Arm's at `last`) are there. */
+static uint64_t last, at1, at2;
+#define GVA 0x400000ull
+
+static void start(void)
+{
+	guest_start(&g, RAM);
+	kage_vcpu_destroy(g.cpu);
+	g.cpu = cpu_with(0xfff, 52);
+	root = guest_table(&g);
+	at1 = guest_table(&g);
+	at2 = guest_table(&g);
+	last = guest_table(&g);
+	guest_w64(&g, root, at1 | NEXT);
+	guest_w64(&g, at1, at2 | NEXT);
+	guest_w64(&g, at2 + 2 * 8, last | NEXT);
+	arm = (struct kage_arm64_regs){.sctlr = 1, .tcr = TCR_48, .ttbr0 = root, .ttbr1 = root, .pstate = EL1};
+	regs();
+}
+
+static void stop(void)
+{
+	guest_stop(&g);
+}
+
+static void leaf(uint64_t e)
+{
+	guest_w64(&g, last, e);
+}
+
+static int try(uint64_t gva, int kind, struct kage_fault *f)
+{
+	uint64_t v = 1;
+
+	*f = (struct kage_fault){0};
+	return kind == KIND_LOAD    ? kage_vcpu_load(g.cpu, gva, &v, 8, f)
+	       : kind == KIND_STORE ? kage_vcpu_store(g.cpu, gva, &v, 8, f)
+				    : kage_vcpu_fetch(g.cpu, gva, &v, 8, f);
+}
+
+static void aborts(uint64_t gva, int kind, uint32_t fsc, unsigned level)
+{
+	bool el0 = !(arm.pstate & EL1);
+	struct kage_fault f;
+
+	ck_assert_int_eq(try(gva, kind, &f), KAGE_GUEST_FAULT);
+	ck_assert_uint_eq(f.vector, (kind == KIND_FETCH ? 0x20 : 0x24) + !el0);
+	ck_assert_uint_eq(f.error, fsc | (kind == KIND_STORE ? WNR : 0));
+	ck_assert_uint_eq(f.level, level);
+	ck_assert_uint_eq(f.gva, gva);
+}
+
+static void goes(uint64_t gva, int kind)
+{
+	struct kage_fault f;
+	int r = try(gva, kind, &f);
+
+	ck_assert_msg(r == KAGE_OK, "gva %#lx kind %d: %d %#x %#x", (unsigned long)gva, kind, r, f.vector, f.error);
+}
+
+/* "rwx" for EL1, then for EL0: what goes; all else is a permission fault of Arm's level 3. */
+static void allows(const char *el1, const char *el0)
+{
+	for (int el = 0; el < 2; el++) {
+		const char *want = el ? el1 : el0;
+
+		arm.pstate = (arm.pstate & ~EL1) | (el ? EL1 : 0);
+		regs();
+		for (int kind = 0; kind < 3; kind++) {
+			if (strchr(want, "rwx"[kind]))
+				goes(GVA, kind);
+			else
+				aborts(GVA, kind, PERMISSION(3), 0);
+		}
+	}
+	guest_audit(&g);
+}
+
+START_TEST(test_rights)
+{
+	start();
+	leaf(0x2000000 | PAGE);
+	allows("rwx", "x");
+	leaf(0x2000000 | PAGE | EL0);
+	allows("rw", "rwx"); /* what EL0 may write EL1 does not execute */
+	leaf(0x2000000 | PAGE | RO);
+	allows("rx", "x");
+	leaf(0x2000000 | PAGE | RO | EL0);
+	allows("rx", "rx");
+	leaf(0x2000000 | PAGE | RO | EL0 | PXN);
+	allows("r", "rx");
+	leaf(0x2000000 | PAGE | RO | EL0 | UXN);
+	allows("rx", "r");
+	leaf(0x2000000 | PAGE | UXN | PXN);
+	allows("rw", "");
+	arm.sctlr |= WXN;
+	leaf(0x2000000 | PAGE | UXN);
+	allows("rw", "");
+	leaf(0x2000000 | PAGE | EL0);
+	allows("rw", "rw");
+	leaf(0x2000000 | PAGE | EL0 | RO);
+	allows("rx", "rx");
+	stop();
+}
+END_TEST
+
+START_TEST(test_pan)
+{
+	start();
+	arm.pstate |= PAN;
+	leaf(0x2000000 | PAGE | EL0 | RO);
+	allows("x", "rx");
+	leaf(0x2000000 | PAGE);
+	allows("rwx", "x"); /* EL0 may execute it: PAN does not mind, EPAN does */
+	arm.sctlr |= EPAN;
+	allows("x", "x");
+	leaf(0x2000000 | PAGE | UXN);
+	allows("rwx", "");
+	kage_vcpu_destroy(g.cpu); /* a CPU without either */
+	g.cpu = cpu_with(KAGE_ARM64_HAF, 48);
+	leaf(0x2000000 | PAGE | EL0 | RO);
+	allows("rx", "rx");
+	stop();
+}
+END_TEST
+
+START_TEST(test_table_attributes)
+{
+	start();
+	leaf(0x2000000 | PAGE | EL0 | RO);
+	guest_w64(&g, at1, at2 | NEXT | T_EL0);
+	allows("rx", "x");
+	guest_w64(&g, at1, at2 | NEXT | T_UXN);
+	guest_w64(&g, at2 + 16, last | NEXT | T_PXN);
+	allows("r", "r");
+	guest_w64(&g, at1, at2 | NEXT | T_RO);
+	guest_w64(&g, at2 + 16, last | NEXT);
+	leaf(0x2000000 | PAGE | PXN);
+	allows("r", "x");
+	arm.tcr |= TCR_HPD0;
+	regs();
+	allows("rw", "x");
+	guest_w64(&g, at1, at2 | NEXT | T_RO | T_EL0 | T_UXN | T_PXN);
+	allows("rw", "x");
+	arm.tcr &= ~TCR_HPD0;
+	allows("r", "");
+	stop();
+}
+END_TEST
+
+/* Every level's faults; which comes first where an entry deserves several. */
+START_TEST(test_syndromes)
+{
+	start();
+	leaf(0);
+	aborts(GVA, KIND_LOAD, TRANSLATION(3), 0);
+	leaf(0x2000000 | VALID | AF); /* no page at the last level */
+	aborts(GVA, KIND_STORE, TRANSLATION(3), 0);
+	leaf(0x2000000 | VALID | TABLE | RO);
+	aborts(GVA, KIND_STORE, ACCESS_FLAG(3), 0);
+	leaf(0x2000000 | PAGE | RO);
+	aborts(GVA, KIND_STORE, PERMISSION(3), 0);
+	arm.tcr = (arm.tcr & ~TCR_IPS(7)) | TCR_IPS(0); /* 32 bits of address */
+	regs();
+	leaf(1ull << 32 | VALID | TABLE);
+	aborts(GVA, KIND_FETCH, ADDRESS_SIZE(3), 0);
+	guest_w64(&g, at2 + 16, 1ull << 40 | NEXT);
+	aborts(GVA, KIND_LOAD, ADDRESS_SIZE(2), 1);
+	guest_w64(&g, at2 + 16, 0x2000000 | VALID); /* a block, AF clear */
+	aborts(GVA, KIND_LOAD, ACCESS_FLAG(2), 1);
+	guest_w64(&g, at2 + 16, 0x2000000 | BLOCK | RO);
+	aborts(GVA, KIND_STORE, PERMISSION(2), 1);
+	guest_w64(&g, at1, BLOCK); /* 1 GiB */
+	goes(GVA, KIND_LOAD);
+	guest_w64(&g, at1, 0);
+	aborts(GVA, KIND_LOAD, TRANSLATION(1), 2);
+	guest_w64(&g, root, BLOCK); /* none of 512 GiB */
+	aborts(GVA, KIND_LOAD, TRANSLATION(0), 3);
+	arm.ttbr0 = 1ull << 33;
+	regs();
+	aborts(GVA, KIND_LOAD, ADDRESS_SIZE(0), 3);
+	arm.tcr |= TCR_EPD1;
+	regs();
+	aborts(HIGH | GVA, KIND_LOAD, TRANSLATION(0), 3);
+	aborts(1ull << 48, KIND_LOAD, TRANSLATION(0), 3);
+	arm.tcr = (arm.tcr & ~63ull) | 11; /* out of range */
+	regs();
+	aborts(GVA, KIND_LOAD, TRANSLATION(0), 3);
+	stop();
+}
+END_TEST
+
+/* Software's access flag, then hardware's; dirty state. */
+START_TEST(test_access_and_dirty)
+{
+	uint64_t clean = 0x2000000 | VALID | TABLE | RO | DBM;
+
+	start();
+	leaf(clean);
+	aborts(GVA, KIND_LOAD, ACCESS_FLAG(3), 0);
+	arm.tcr |= TCR_HD; /* counts with HA only */
+	regs();
+	leaf(clean | AF);
+	aborts(GVA, KIND_STORE, PERMISSION(3), 0);
+	arm.tcr |= TCR_HA;
+	regs();
+	leaf(clean);
+	goes(GVA, KIND_LOAD);
+	ck_assert_uint_eq(guest_r64(&g, last), clean | AF);
+	goes(GVA, KIND_STORE);
+	ck_assert_uint_eq(guest_r64(&g, last), (clean | AF) & ~RO);
+	leaf(clean); /* both at once */
+	goes(GVA, KIND_STORE);
+	ck_assert_uint_eq(guest_r64(&g, last), (clean | AF) & ~RO);
+	leaf((clean & ~DBM) | AF); /* read-only for good */
+	aborts(GVA, KIND_STORE, PERMISSION(3), 0);
+	leaf(clean | AF | UXN | PXN);
+	guest_w64(&g, at1, at2 | NEXT | T_RO); /* nor does DBM help against a table */
+	aborts(GVA, KIND_STORE, PERMISSION(3), 0);
+	ck_assert_uint_eq(guest_r64(&g, last), clean | AF | UXN | PXN);
+	guest_w64(&g, at1, at2 | NEXT);
+	leaf(clean | AF); /* writable as it stands, says WXN */
+	arm.sctlr |= WXN;
+	regs();
+	aborts(GVA, KIND_FETCH, PERMISSION(3), 0);
+	arm.sctlr &= ~WXN;
+	arm.tcr &= ~TCR_HD;
+	regs();
+	aborts(GVA, KIND_STORE, PERMISSION(3), 0);
+	goes(GVA, KIND_FETCH);
+	arm.tcr |= TCR_HD;
+	regs();
+	goes(GVA, KIND_STORE);
+	guest_audit(&g);
+	guest_w64(&g, at2 + 16, 0x2000000 | VALID | DBM | RO | CONT | NG); /* a block of a contiguous run */
+	goes(GVA + 0x123000, KIND_STORE);
+	ck_assert_uint_eq(guest_r64(&g, at2 + 16), 0x2000000 | BLOCK | DBM | CONT | NG);
+	stop();
+}
+END_TEST
+
+/* Both halves, smaller ones, tables that are small, and switches that find what was made before. */
+START_TEST(test_roots)
+{
+	struct kage_stats before, after;
+	uint64_t other, small;
+
+	start();
+	leaf(0x2000000 | PAGE);
+	other = guest_table(&g);
+	guest_w64(&g, other, at1 | NEXT);
+	arm.ttbr1 = other | 7ull << 48 | 1; /* ASID, CnP */
+	regs();
+	cpu_store(g.cpu, GVA, 11);
+	ck_assert_uint_eq(cpu_load(g.cpu, HIGH | GVA), 11); /* by the same tables */
+	guest_audit(&g);
+	leaf(0x2001000 | PAGE);
+	cpu_store(g.cpu, HIGH | GVA, 12);
+	ck_assert_uint_eq(cpu_load(g.cpu, GVA), 12);
+	before = (struct kage_stats){.size = sizeof(before)};
+	ck_assert_int_eq(kage_stats_get(g.engine, g.vm, &before), KAGE_OK);
+	arm.ttbr0 = other | 9ull << 48;
+	regs();
+	cpu_load(g.cpu, GVA);
+	arm.ttbr0 = root | 10ull << 48;
+	regs();
+	cpu_load(g.cpu, GVA);
+	after = (struct kage_stats){.size = sizeof(after)};
+	ck_assert_int_eq(kage_stats_get(g.engine, g.vm, &after), KAGE_OK);
+	ck_assert_uint_eq(after.shadow_pages, before.shadow_pages);
+	ck_assert_uint_eq(after.shadow_faults, before.shadow_faults);
+	small = guest_table(&g) + 0x400; /* 31 bits: two entries of 1 GiB, aligned to 16 bytes */
+	guest_w64(&g, small, at2 | NEXT);
+	guest_w64(&g, small + 8, BLOCK);
+	arm.tcr = (arm.tcr & ~63ull) | 33;
+	arm.ttbr0 = small;
+	regs();
+	ck_assert_uint_eq(cpu_load(g.cpu, GVA), 12);
+	ck_assert_uint_eq(cpu_load(g.cpu, GIB + 0x2001000), 12);
+	aborts(2 * GIB, KIND_LOAD, TRANSLATION(0), 3);
+	cpu_store(g.cpu, GIB + (small & ~0xfffull) + 0x408, 0); /* the guest writes its root */
+	kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ALL));
+	aborts(GIB, KIND_LOAD, TRANSLATION(1), 2);
+	stop();
+}
+END_TEST
+
+START_TEST(test_tags)
+{
+	uint64_t tag = 0x5aull << 56;
+	void *p;
+
+	start();
+	leaf(0x2000000 | PAGE | EL0);
+	aborts(tag | GVA, KIND_LOAD, TRANSLATION(0), 3);
+	arm.tcr |= TCR_TBI0;
+	regs();
+	cpu_store(g.cpu, tag | GVA, 5);
+	ck_assert_uint_eq(cpu_load(g.cpu, GVA), 5);
+	ck_assert_uint_eq(cpu_load(g.cpu, (0xffull << 56 | GVA)), 5);
+	aborts(tag | (GVA + 0x1000), KIND_LOAD, TRANSLATION(3), 0); /* the address keeps its tag */
+	kage_vcpu_enter(g.cpu);
+	ck_assert_int_eq(kage_vcpu_ptr(g.cpu, tag | (GVA + 8), 8, KAGE_READ, &p, NULL), KAGE_OK);
+	kage_vcpu_leave(g.cpu);
+	aborts((HIGH & ~(0xffull << 56)) | tag | GVA, KIND_LOAD, TRANSLATION(0), 3);
+	arm.tcr |= TCR_TBI1;
+	regs();
+	ck_assert_uint_eq(cpu_load(g.cpu, (HIGH & ~(0xffull << 56)) | tag | GVA), 5);
+	leaf(0x2001000 | PAGE);
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_PAGE, .gva = tag | GVA)), KAGE_OK);
+	ck_assert_uint_eq(cpu_load(g.cpu, tag | GVA), 0);
+	stop();
+}
+END_TEST
+
+/* Translation off: addresses are physical, and too large ones say so. */
+START_TEST(test_off)
+{
+	start();
+	kage_vcpu_destroy(g.cpu);
+	g.cpu = cpu_with(KAGE_ARM64_HAF, 36);
+	guest_w64(&g, 0x2000000, 77);
+	ck_assert_uint_eq(cpu_load(g.cpu, 0x2000000), 77);
+	arm.sctlr = 0;
+	regs();
+	ck_assert_uint_eq(cpu_load(g.cpu, 0x2000000), 77);
+	aborts(1ull << 36, KIND_STORE, ADDRESS_SIZE(0), 3);
+	aborts(HIGH, KIND_FETCH, ADDRESS_SIZE(0), 3);
+	arm.tcr |= TCR_TBI0;
+	regs();
+	ck_assert_uint_eq(cpu_load(g.cpu, 0x33ull << 56 | 0x2000000), 77);
+	stop();
+}
+END_TEST
+
+/* 52 bits: where the upper bits of addresses are, in entries and in TTBR0. */
+START_TEST(test_large_addresses)
+{
+	uint64_t far = 1ull << 51 | 3ull << 48, table = far, block = 5ull << 48 | 0x40000000;
+	struct kage_fault f;
+
+	start();
+	ck_assert_int_eq(kage_vm_map(g.vm, KAGE_CFG(kage_region, .gpa = far, .len = MIB)), KAGE_OK);
+	ck_assert_int_eq(kage_vm_map(g.vm, KAGE_CFG(kage_region, .gpa = block, .len = 2 * MIB)), KAGE_OK);
+	guest_w64(&g, block + 0x5008, 52);
+	arm.tcr = 12 | 16ull << 16 | TCR_TG1_4K | TCR_IPS(6) | TCR_DS; /* 4K, from Arm's level -1 */
+	arm.ttbr0 = table | 11ull << 2;
+	guest_w64(&g, table, at1 | NEXT);
+	guest_w64(&g, at1, (table & 0x3000000000000) | 0x1000 | 2ull << 8 | NEXT);
+	guest_w64(&g, table + 0x1000, at2 | NEXT);
+	guest_w64(&g, at2 + 16, (block & 0x3ffffffffffff) | 1ull << 8 | BLOCK);
+	regs();
+	ck_assert_uint_eq(cpu_load(g.cpu, GVA + 0x5008), 52);
+	aborts(1ull << 48, KIND_LOAD, 0x2b, 4); /* translation, level -1 */
+	guest_w64(&g, table + 8, BLOCK);
+	aborts(1ull << 48, KIND_LOAD, 0x2b, 4);
+	arm.tcr = (arm.tcr & ~TCR_IPS(7)) | TCR_IPS(5);
+	arm.ttbr0 = root;
+	guest_w64(&g, root, at1 | 3ull << 48 | NEXT);
+	regs();
+	aborts(GVA, KIND_LOAD, 0x29, 4);
+	arm.tcr = 22 | TCR_TG0(1) | TCR_IPS(6) | TCR_EPD1; /* 64K, 42 bits: address bits 51:48 are 15:12 */
+	arm.ttbr0 = 0x1000000;
+	guest_w64(&g, 0x1000000, (block & 0xffffffffffffull) | 5ull << 12 | BLOCK);
+	regs();
+	ck_assert_uint_eq(cpu_load(g.cpu, 0x5008), 52);
+	guest_w64(&g, 0x1000000, (5ull << 12) | 0x2000000 | NEXT);
+	ck_assert_int_eq(try(0, KIND_LOAD, &f), KAGE_MMIO); /* the table is in no memory */
+	ck_assert_uint_eq(f.gpa, 5ull << 48 | 0x2000000);
+	stop();
+}
+END_TEST
+
+START_TEST(test_config)
+{
+	struct kage_vcpu *cpu = NULL;
+	uint64_t x = 0;
+
+	start();
+#define no(want, ...)                                                                                                 \
+	ck_assert_int_eq(                                                                                             \
+	    kage_vcpu_create(g.vm, KAGE_CFG(kage_vcpu_config, .arch = KAGE_ARCH_ARM64, __VA_ARGS__), &cpu), want)
+	no(-EINVAL, .phys_bits = 46);
+	no(-EINVAL, .phys_bits = 52, .features = KAGE_ARM64_HAF);
+	no(-EINVAL, .features = 1u << 12);
+	no(KAGE_OK, .phys_bits = 32);
+	kage_vcpu_destroy(cpu);
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &arm, sizeof(arm) + 8), -EINVAL);
+	arm.pstate = 8;
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &arm, sizeof(arm)), -EINVAL);
+	arm.pstate = EL1;
+	arm.sctlr |= 1 << 25;
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &arm, sizeof(arm)), -EOPNOTSUPP);
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_CR3, .value = root)), -EINVAL);
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ASID, .asid = 0xffff)), KAGE_OK);
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_ASID, .asid = 0x10000)), -EINVAL);
+	arm.sctlr = 1;
+	arm.tcr = TCR_48 | TCR_TG0(3); /* a reserved granule: 4K */
+	regs();
+	leaf(0x2000000 | PAGE);
+	ck_assert_int_eq(kage_vcpu_load(g.cpu, GVA, &x, 8, NULL), KAGE_OK);
+	stop();
+}
+END_TEST
+
+/* A table of 64K is 16 frames: all of them are watched, and the last one's entries work. */
+START_TEST(test_table_of_frames)
+{
+	uint64_t table = 0x1000000, entry = table + 8191 * 8, window = 0x40000;
+
+	start();
+	arm.tcr = 35 | TCR_TG0(1) | TCR_IPS(5) | TCR_EPD1; /* 29 bits: one table */
+	arm.ttbr0 = table;
+	guest_w64(&g, table + (window >> 16) * 8, table | PAGE);
+	guest_w64(&g, entry, 0x2000000 | PAGE);
+	guest_w64(&g, 0x2003000, 3);
+	guest_w64(&g, 0x2013000, 4);
+	regs();
+	ck_assert_uint_eq(cpu_load(g.cpu, 8191ull << 16 | 0x3000), 3);
+	cpu_store(g.cpu, window + 8191 * 8, 0x2010000 | PAGE); /* synced: no flush is needed to see it */
+	ck_assert_uint_eq(cpu_load(g.cpu, 8191ull << 16 | 0x3000), 4);
+	guest_audit(&g);
+	cpu_store(g.cpu, window + 8191 * 8, 0);
+	aborts(8191ull << 16 | 0x3000, KIND_LOAD, TRANSLATION(3), 0);
+	stop();
+}
+END_TEST
+
+int main(void)
+{
+	Suite *s = suite_create("arm64");
+	TCase *all = tcase_create("all");
+	SRunner *r;
+	int failed;
+
+	tcase_set_timeout(all, 60);
+	tcase_add_test(all, test_rights);
+	tcase_add_test(all, test_pan);
+	tcase_add_test(all, test_table_attributes);
+	tcase_add_test(all, test_syndromes);
+	tcase_add_test(all, test_access_and_dirty);
+	tcase_add_test(all, test_roots);
+	tcase_add_test(all, test_tags);
+	tcase_add_test(all, test_off);
+	tcase_add_test(all, test_large_addresses);
+	tcase_add_test(all, test_config);
+	tcase_add_test(all, test_table_of_frames);
+	suite_add_tcase(s, all);
+	r = srunner_create(s);
+	srunner_run_all(r, CK_NORMAL);
+	failed = srunner_ntests_failed(r);
+	srunner_free(r);
+	return failed != 0;
+}
