@@ -82,12 +82,11 @@ static inline bool spte_is_link(spte_t e)
 /*
  * role: level, which guest entries, and all that decides how they are decoded.
  *
- *   63    28 27   23 22    20 19    11 10     8  7       6        5    3 2     0
- *  |  zero  | flags | format | first  | (free) | pass | direct | table  | level |
- *                      ... and phys_bits above the flags; see role_of_params()
+ *   63     17 16    8  7       6       5     3 2     0
+ *  |  params | first | pass | direct | table  | level |
  *
  * `table` is the level of the guest's entries, `first` the offset of the first
- * one in its frame, in units of 8 bytes.
+ * one in its frame, in units of 8 bytes; params is shape.c's.
  */
 #define ROLE_LEVEL	 7u
 #define ROLE_TABLE_SHIFT 3
@@ -316,15 +315,29 @@ int code_break(struct shadow *s, gfn_t gfn);
 /* A use has changed a guest entry: pages of all roles follow. */
 void entry_used(struct shadow *s, gpa_t gpa, unsigned bytes);
 
-/* -- walk.c ---------------------------------------------------------------- */
+/* -- shape.c --------------------------------------------------------------- */
 
 /* gfn and role of a root's page. */
 gfn_t root_gfn(const struct pt_root *r);
 uint64_t root_role(const struct pt_root *r);
 /* Fills what a page keeps of its role. */
 void page_shape(struct shadow_page *p);
-/* The frame's contents, inside rcu_enter(): NULL if its page is not present. */
-const void *table_map(struct shadow *s, gfn_t gfn);
+/* What a guest entry comes to. */
+struct guest_entry {
+	spte_t bits;   /* SPTE_GUEST, SPTE_NOAD */
+	bool leaf;     /* maps memory; else the next table */
+	gfn_t target;  /* leaf: the first that p[idx] maps; else of the page below */
+	uint64_t role; /* of the page below */
+};
+/*
+ * False if the entry at p[idx] cannot be shadowed as it is: not present, reserved, accessed bit clear (which
+ * is forgiven to an entry that was made without).
+ */
+bool guest_entry(struct shadow *s, const struct shadow_page *p, unsigned idx, uint64_t raw,
+		 struct guest_entry *g);
+/* The same of a page that is made from none. */
+void unfed_entry(const struct shadow_page *p, unsigned idx, struct guest_entry *g);
+
 /* The guest entry that p[idx] is made from. */
 static inline uint64_t table_entry(const struct shadow_page *p, const void *table, unsigned idx)
 {
@@ -332,6 +345,11 @@ static inline uint64_t table_entry(const struct shadow_page *p, const void *tabl
 
 	return p->format->entry_bytes == sizeof(uint32_t) ? READ_ONCE(((const uint32_t *)table)[i])
 							  : READ_ONCE(((const uint64_t *)table)[i]);
+}
+/* The index of an address in a page of its root's tree. */
+static inline unsigned root_index(const struct pt_root *r, uint64_t gva, unsigned level)
+{
+	return level_index(GFN(pt_root_offset(r, gva) >> PAGE_SHIFT), level);
 }
 /* Bits that may take from one mode what they give another: SMEP, SMAP, PAN, WXN, keys. */
 static inline spte_t no_grants(const struct shadow_page *p)
@@ -348,33 +366,18 @@ static inline struct pt_rights guest_rights(spte_t guest)
 	    .pkey = (guest & SPTE_PKEY) >> SPTE_PKEY_SHIFT,
 	};
 }
+
+/* -- walk.c ---------------------------------------------------------------- */
+
+/* The frame's contents, inside rcu_enter(): NULL if its page is not present. */
+const void *table_map(struct shadow *s, gfn_t gfn);
 /* No accessed or dirty bit can be set in it (walk.c G2). */
 bool table_readonly(struct shadow *s, gfn_t gfn);
-/* What a guest entry comes to. */
-struct guest_entry {
-	spte_t bits; /* SPTE_GUEST, SPTE_NOAD */
-	bool leaf;   /* maps memory; else the next table */
-	gfn_t target; /* leaf: the first that p[idx] maps; else of the page below */
-	uint64_t role; /* of the page below */
-};
-/*
- * False if the entry at p[idx] cannot be shadowed as it is: not present, reserved, accessed bit clear (which
- * is forgiven to an entry that was made without).
- */
-bool guest_entry(struct shadow *s, const struct shadow_page *p, unsigned idx, uint64_t raw,
-		 struct guest_entry *g);
-/* The same of a page that is made from none. */
-void unfed_entry(const struct shadow_page *p, unsigned idx, struct guest_entry *g);
+/* The root for an address, or -1: no walk is needed to tell that the guest faults, *fault says how. */
+int find_root(const struct pt_guest *mode, uint64_t gva, uint32_t access, struct kage_fault *fault);
 /* One whole walk with faults, accessed and dirty bits. KAGE_OK: the shadow walk may go on; KAGE_RETRY: raced.
  */
 int walk_guest(struct shadow_cpu *cpu, uint64_t gva, uint32_t access, struct kage_fault *fault);
-/* The root for an address, or -1: no walk is needed to tell that the guest faults, *fault says how. */
-int find_root(const struct pt_guest *mode, uint64_t gva, uint32_t access, struct kage_fault *fault);
-/* The index of an address in a page of its root's tree. */
-static inline unsigned root_index(const struct pt_root *r, uint64_t gva, unsigned level)
-{
-	return level_index(GFN(pt_root_offset(r, gva) >> PAGE_SHIFT), level);
-}
 
 /* -- invalidate.c ---------------------------------------------------------- */
 
