@@ -157,13 +157,24 @@ static struct family *family_of(struct host *h, pfn_t pfn)
 	return l ? l->family : NULL;
 }
 
-static bool contents_differ(struct host *h, pfn_t page, pfn_t candidate)
+/* Is the frame that was looked up still the page's? For the rest of a read section it is readable then. */
+static bool still_mapped(struct mm *mm, gfn_t gfn, pfn_t pfn)
 {
+	struct mm_lookup l = mm_lookup(mm, gfn);
+
+	return entry_is_leaf(l.entry) && pfn_eq(l.pfn, pfn);
+}
+
+/* A page that has moved on says nothing about the candidate. */
+static bool contents_differ(struct mm *mm, gfn_t gfn, pfn_t page, pfn_t candidate)
+{
+	struct pool *pool = mm->host->pool;
 	bool differ = true;
 
 	rcu_enter();
-	if (candidate_alive(h->pool, candidate))
-		differ = guest_compare(pfn_hva(h->pool, page), pfn_hva(h->pool, candidate), PAGE_SIZE);
+	if (candidate_alive(pool, candidate))
+		differ = still_mapped(mm, gfn, page) &&
+			 guest_compare(pfn_hva(pool, page), pfn_hva(pool, candidate), PAGE_SIZE) != 0;
 	rcu_leave();
 	return differ;
 }
@@ -254,12 +265,11 @@ static int merge_unstable(struct merge *m, struct mm *mm, gfn_t gfn, pfn_t pfn, 
 {
 	struct pool *pool = m->host->pool;
 	struct candidate *c;
-	struct mm_lookup l;
 	int r;
 
 	while ((c = candidates_find(&m->candidates, mm->domain, hash, pfn))) {
 		r = merge_pair(m, mm, pfn, c);
-		if (r == -EAGAIN && contents_differ(m->host, pfn, c->pfn))
+		if (r == -EAGAIN && contents_differ(mm, gfn, pfn, c->pfn))
 			r = -EILSEQ; /* freed or written since it was hashed */
 		if (r == 0 || r == -EILSEQ)
 			candidates_remove(&m->candidates, pool, c);
@@ -268,9 +278,8 @@ static int merge_unstable(struct merge *m, struct mm *mm, gfn_t gfn, pfn_t pfn, 
 	}
 	/* Only a frame that is still mapped gets the mark. */
 	rcu_enter();
-	l = mm_lookup(mm, gfn);
 	r = SCAN_LATER;
-	if (entry_is_leaf(l.entry) && pfn_eq(l.pfn, pfn))
+	if (still_mapped(mm, gfn, pfn))
 		r = candidates_add(&m->candidates, pool, mm->domain, hash, pfn) ? -ENOMEM : SCAN_UNIQUE;
 	rcu_leave();
 	return r;

@@ -63,9 +63,15 @@ static int cow_prepare(struct change *c)
 	if (r)
 		return r;
 	w->copy = copy;
-	if (!hole)
+	if (hole)
+		return 0;
+	rcu_enter(); /* a frame that the entry still has now stays readable, even if merging takes it away meanwhile */
+	if (entry_load(w->slot) == w->old)
 		guest_copy(pfn_hva(pool, copy), pfn_hva(pool, from), PAGE_SIZE);
-	return 0;
+	else
+		r = -EAGAIN;
+	rcu_leave();
+	return r;
 }
 
 static void cow_lock(struct change *c)

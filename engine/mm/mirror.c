@@ -305,6 +305,14 @@ static unsigned adopt_run(struct adopt *a, unsigned i, const char *from, const u
 	return n;
 }
 
+static bool adopt_unchanged(const struct adopt *a)
+{
+	for_each_bit(i, a->map)
+		if (entry_load(&a->table[i]) != a->old[i])
+			return false;
+	return true;
+}
+
 /* A1: writes are blocked here. */
 static int adopt_inspect(struct change *c)
 {
@@ -313,7 +321,11 @@ static int adopt_inspect(struct change *c)
 	uint64_t diverged[MIRROR_WORDS];
 
 	m->ops->diverged(m, a->base, BLOCK_PAGES, diverged);
-	rcu_enter(); /* the old frames stay readable even if their entries have just gone */
+	rcu_enter(); /* frames that entries still have now stay readable, even if merging takes them away meanwhile */
+	if (!adopt_unchanged(a)) {
+		rcu_leave();
+		return -EAGAIN;
+	}
 	for (unsigned i = 0, n; i < BLOCK_PAGES; i += n) {
 		const char *from = bit_test(a->map, i) ? adopt_source(a, i, diverged) : NULL;
 
@@ -345,13 +357,11 @@ static int adopt_recheck(struct change *c)
 {
 	struct adopt *a = container_of(c, struct adopt, c);
 
-	for_each_bit(i, a->map) {
-		if (entry_load(&a->table[i]) != a->old[i])
+	if (!adopt_unchanged(a))
+		return -EAGAIN;
+	for_each_bit(i, a->own) /* without W they look the same after merging has made a frame a stable one, in place */
+		if (!frame_exclusive(a->target.mm->host, a->to[i]))
 			return -EAGAIN;
-		/* an entry without W looks the same after merging has made its frame a stable one, in place */
-		if (bit_test(a->own, i) && !frame_exclusive(a->target.mm->host, a->to[i]))
-			return -EAGAIN;
-	}
 	return 0;
 }
 
