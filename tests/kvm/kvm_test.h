@@ -43,6 +43,10 @@
 
 #include "../model/rng.h"
 #include "payload.h"
+#if defined(__aarch64__)
+#include "../model/arm64_reference.h"
+#include "arm64.h"
+#endif
 
 #define PAGE	   ((uint64_t)4096)
 #define MIB	   ((uint64_t)1 << 20)
@@ -418,6 +422,56 @@ static inline void free_vmm(struct vmm *vmm)
 	vmm_destroy(vmm);
 	audit();
 }
+
+/* -- translation ------------------------------------------------------------------------- */
+
+/* What a payload's vCPU has, for a vCPU of the soft backend. */
+#if defined(__x86_64__)
+#define HOST_ARCH KAGE_ARCH_X86
+#define HOST_REGS ((struct kage_x86_regs){.cr0 = 0x80010001, .cr3 = PAYLOAD_PML4, .cr4 = 0x20, .efer = 0xd00})
+#else
+#define HOST_ARCH KAGE_ARCH_ARM64
+#define HOST_REGS                                                                                            \
+	((struct kage_arm64_regs){.sctlr = payload_entry(0).sctlr, .tcr = payload_entry(0).tcr,              \
+				  .ttbr0 = PAYLOAD_PML4, .pstate = 0x3c5})
+#endif
+
+/*
+ * What vCPU 0, which does not run, makes of a gva: x86, KVM says; arm64, where KVM does not say, the reference
+ * walker with the registers that KVM gives. False: nothing.
+ */
+#if defined(__x86_64__)
+static inline bool translated(struct vmm *vmm, uint64_t gva, uint64_t *gpa)
+{
+	struct kvm_translation t = {.linear_address = gva};
+
+	ok(ioctl(vmm->vcpu[0]->fd, KVM_TRANSLATE, &t));
+	*gpa = t.physical_address;
+	return t.valid;
+}
+#else
+static inline bool reference_read(void *vm, uint64_t gpa, uint64_t *value)
+{
+	return kage_vm_read(vm, gpa, value, sizeof(*value)) == KAGE_OK;
+}
+
+static inline bool translated(struct vmm *vmm, uint64_t gva, uint64_t *gpa)
+{
+	const struct ref_memory memory = {.read = reference_read, .arg = vm_of(vmm)};
+	struct arm64_ref_cpu cpu = {.pa_bits = 40, .haf = true, .hd = true, .pan = true};
+	struct arm64_ref_result result;
+	int fd = vmm->vcpu[0]->fd;
+
+	ok(arm64_get(fd, ARM64_SYS_REG(3, 0, 1, 0, 0), &cpu.sctlr));
+	ok(arm64_get(fd, ARM64_SYS_REG(3, 0, 2, 0, 2), &cpu.tcr));
+	ok(arm64_get(fd, ARM64_SYS_REG(3, 0, 2, 0, 0), &cpu.ttbr0));
+	ok(arm64_get(fd, ARM64_SYS_REG(3, 0, 2, 0, 1), &cpu.ttbr1));
+	ok(arm64_get(fd, ARM64_CORE(regs.pstate), &cpu.pstate));
+	result = arm64_ref_translate(&cpu, &memory, gva, ARM64_REF_READ);
+	*gpa = result.gpa;
+	return result.outcome == ARM64_REF_OK;
+}
+#endif
 
 /* -- what is mapped where -------------------------------------------------------------- */
 

@@ -554,12 +554,11 @@ END_TEST
 
 static struct kage_vcpu *soft_vcpu(struct kage_vm *vm, bool paging)
 {
-	const struct kage_x86_regs regs = {.cr0 = 0x80010001, .cr3 = PAYLOAD_PML4, .cr4 = 0x20, .efer = 0xd00};
 	struct kage_vcpu *vcpu;
 
-	ok(kage_vcpu_create(vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI), &vcpu));
+	ok(kage_vcpu_create(vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI, .arch = HOST_ARCH), &vcpu));
 	if (paging)
-		ok(kage_vcpu_set_regs(vcpu, &regs, sizeof(regs)));
+		ok(kage_vcpu_set_regs(vcpu, &HOST_REGS, sizeof(HOST_REGS)));
 	return vcpu;
 }
 
@@ -662,7 +661,7 @@ START_TEST(rule_5_translation_sees_diverged_tables)
 
 		same(load64(vcpu, gva), 900 + i);
 		/* the guest's page for gva becomes another one; the first time, the kernel breaks the table's COW */
-		*(volatile uint64_t *)kage_kvm_window(kvm_of(a), leaf + gva / PAGE * 8, 8) = gpa | 0x67;
+		*(volatile uint64_t *)kage_kvm_window(kvm_of(a), leaf + gva / PAGE * 8, 8) = gpa | payload_entries.page;
 		ok(kage_vm_mark_dirty(vm_of(a), leaf + gva / PAGE * 8, 8));
 		ok(kage_vcpu_flush(vcpu, &flush));
 		ok(kage_vcpu_translate(vcpu, gva, KAGE_READ, &fault));
@@ -695,18 +694,16 @@ START_TEST(rule_5_registers_of_the_guest)
 	a = new_vmm((struct vmm_wish){.policy = KAGE_KVM_NATIVE});
 	base = fill(a, 64);
 	b = clone_vmm(a, true);
-	ok(kage_vcpu_create(vm_of(a), KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI), &vcpu));
+	ok(kage_vcpu_create(vm_of(a), KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI, .arch = HOST_ARCH), &vcpu));
 	for (i = 0; i < 32; i++) {
-		struct kvm_translation t = {.linear_address = 0};
+		uint64_t gpa;
 
 		gva = base + i * PAGE;
-		*(volatile uint64_t *)kage_kvm_window(kvm_of(a), leaf + gva / PAGE * 8, 8) = (base + (63 - i) * PAGE) | 0x67;
+		*(volatile uint64_t *)kage_kvm_window(kvm_of(a), leaf + gva / PAGE * 8, 8) = (base + (63 - i) * PAGE) | payload_entries.page;
 		ok(kage_kvm_load_regs(vcpu, a->vcpu[0]->fd));
-		t.linear_address = gva + 5;
-		ok(ioctl(a->vcpu[0]->fd, KVM_TRANSLATE, &t));
+		ck_assert(translated(a, gva + 5, &gpa));
 		ok(kage_vcpu_translate(vcpu, gva + 5, 0, &fault));
-		ck_assert(t.valid);
-		same(fault.gpa, t.physical_address);
+		same(fault.gpa, gpa);
 		same(fault.gpa, base + (63 - i) * PAGE + 5);
 	}
 	is(kage_kvm_load_regs(NULL, a->vcpu[0]->fd), -EINVAL);

@@ -2,21 +2,12 @@
 /*
  * Slots, dirty log and dirty rings against a real KVM VM, and what the backend reads from a vCPU.
  *
- * The guest is a page of machine code that runs in user mode with IOPL 3, so that
- * it also runs where KVM interprets supervisor code: it writes where it
- * is told and reports by OUT. Its tables map the first GiB to itself, accessed
+ * The guest is a page of machine code: it writes where it is told and reports (x86_slots.h,
+ * arm64_slots.h). Its tables map the first GiB to itself, accessed
  * and dirty bits set beforehand: it writes nothing but what is asked for.
  */
 #include <stdio.h>
 #include <stdlib.h>
-
-#if !defined(__x86_64__)
-int main(void)
-{
-	printf("skipped: the payload is x86-64 code\n");
-	return 77;
-}
-#else
 
 #include <check.h>
 #include <fcntl.h>
@@ -38,42 +29,17 @@ int main(void)
 
 /* -- the guest ------------------------------------------------------------------- */
 
-/* rdi: list of addresses, rsi: how many, rdx: value of the first write, one more for each. */
+/*
+ * What an architecture's header has: payload_list writes to `n` addresses that lie at `at`, `value` to the first,
+ * one more to each; payload_storm writes random ones of the `mask` + 1 pages from `first` on, until
+ * there is a word at `at` that is not 0. Both report, which ends KVM_RUN (vm_reported()).
+ */
 extern const char payload_list[], payload_list_end[];
-/* rbx: first page, rcx: their number - 1 (a power of two), r8: seed, rdi: stops when a word there is set. */
 extern const char payload_storm[], payload_storm_end[];
-__asm__(".pushsection .rodata\n"
-	"payload_list:\n"
-	"1:	mov (%rdi), %rax\n"
-	"	mov %rdx, (%rax)\n"
-	"	add $8, %rdi\n"
-	"	inc %rdx\n"
-	"	dec %rsi\n"
-	"	jnz 1b\n"
-	"	out %al, $0x10\n"
-	"	jmp 1b\n"
-	"payload_list_end:\n"
-	"payload_storm:\n"
-	"1:	mov %r8, %rax\n"
-	"	shl $13, %rax\n"
-	"	xor %rax, %r8\n"
-	"	mov %r8, %rax\n"
-	"	shr $7, %rax\n"
-	"	xor %rax, %r8\n"
-	"	mov %r8, %rax\n"
-	"	shl $17, %rax\n"
-	"	xor %rax, %r8\n"
-	"	mov %r8, %rax\n"
-	"	and %rcx, %rax\n"
-	"	shl $12, %rax\n"
-	"	inc %r9\n"
-	"	mov %r9, (%rbx,%rax)\n"
-	"	cmpl $0, (%rdi)\n"
-	"	je 1b\n"
-	"	out %al, $0x10\n"
-	"	jmp 1b\n"
-	"payload_storm_end:\n"
-	".popsection\n");
+
+struct args {
+	uint64_t at, n, value, first, mask, seed;
+};
 
 #define LOW_PAGES  256 /* tables, code and the list of addresses */
 #define AT_TABLES  0x1000
@@ -83,11 +49,6 @@ __asm__(".pushsection .rodata\n"
 #define LIST_MAX   ((LOW_PAGES * 4096 - AT_LIST) / 8)
 #define DATA	   0x1000 /* gfn */
 #define DATA_PAGES 8192
-
-#define CR0_GUEST    0x80050033
-#define CR4_GUEST    0xa0
-#define EFER_GUEST   0xd01
-#define RFLAGS_GUEST 0x3002
 
 struct vm {
 	int kvm, fd, cpu;
@@ -106,52 +67,11 @@ struct vm {
 
 static int kvm_fd; /* /dev/kvm */
 
-static void vm_tables(struct vm *vm)
-{
-	uint64_t *pml4 = (uint64_t *)(vm->low + AT_TABLES), *pdpt = pml4 + 512, *pd = pdpt + 512;
-
-	pml4[0] = (AT_TABLES + 4096) | 0x67;
-	pdpt[0] = (AT_TABLES + 8192) | 0x67;
-	for (uint64_t i = 0; i < 512; i++)
-		pd[i] = i << 21 | 0xe7;
-}
-
-static struct kvm_segment vm_segment(int selector, int type, int code)
-{
-	return (struct kvm_segment){.limit = 0xffffffff,
-				    .selector = (uint16_t)selector,
-				    .type = (uint8_t)type,
-				    .present = 1,
-				    .dpl = 3,
-				    .s = 1,
-				    .l = (uint8_t)code,
-				    .db = (uint8_t)!code,
-				    .g = 1};
-}
-
-static void vm_cpuid(struct vm *vm)
-{
-	struct kvm_cpuid2 *c = calloc(1, sizeof(*c) + 256 * sizeof(c->entries[0]));
-
-	c->nent = 256;
-	ck_assert_int_eq(ioctl(vm->kvm, KVM_GET_SUPPORTED_CPUID, c), 0);
-	ck_assert_int_eq(ioctl(vm->cpu, KVM_SET_CPUID2, c), 0);
-	free(c);
-}
-
-static void vm_user_mode(struct vm *vm)
-{
-	struct kvm_sregs s;
-
-	ck_assert_int_eq(ioctl(vm->cpu, KVM_GET_SREGS, &s), 0);
-	s.cs = vm_segment(0x33, 11, 1);
-	s.ss = s.ds = s.es = vm_segment(0x2b, 3, 0);
-	s.cr0 = CR0_GUEST;
-	s.cr3 = AT_TABLES;
-	s.cr4 = CR4_GUEST;
-	s.efer = EFER_GUEST;
-	ck_assert_int_eq(ioctl(vm->cpu, KVM_SET_SREGS, &s), 0);
-}
+#if defined(__x86_64__)
+#include "x86_slots.h"
+#else
+#include "arm64_slots.h"
+#endif
 
 static void vm_enable(struct vm *vm, unsigned cap, uint64_t arg)
 {
@@ -168,6 +88,13 @@ static char *pages(uint64_t n)
 	return p;
 }
 
+/* arm64 has only the kind of rings that need their accesses ordered. */
+static unsigned ring_cap(void)
+{
+	return ioctl(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_DIRTY_LOG_RING) > 0 ? KVM_CAP_DIRTY_LOG_RING :
+										KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
+}
+
 /* A VM without slots; `manual`: argument of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2. */
 static void vm_create(struct vm *vm, unsigned manual, unsigned ring_bytes)
 {
@@ -181,7 +108,7 @@ static void vm_create(struct vm *vm, unsigned manual, unsigned ring_bytes)
 	if (manual)
 		vm_enable(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, manual);
 	if (ring_bytes)
-		vm_enable(vm, KVM_CAP_DIRTY_LOG_RING, ring_bytes);
+		vm_enable(vm, ring_cap(), ring_bytes);
 	vm->cpu = ioctl(vm->fd, KVM_CREATE_VCPU, 0);
 	ck_assert_int_ge(vm->cpu, 0);
 	vm->run_bytes = (size_t)ioctl(vm->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
@@ -190,8 +117,7 @@ static void vm_create(struct vm *vm, unsigned manual, unsigned ring_bytes)
 	vm->low = pages(LOW_PAGES);
 	vm->data = pages(DATA_PAGES);
 	vm_tables(vm);
-	vm_cpuid(vm);
-	vm_user_mode(vm);
+	vm_cpu(vm);
 	ck_assert_int_eq(rings_init(&vm->rings, &vm->env, vm->fd), 0);
 	if (ring_bytes)
 		ck_assert_int_eq(ring_add(&vm->rings, vm->cpu, ring_bytes), 0);
@@ -228,14 +154,6 @@ static char *data_hva(struct vm *vm, uint64_t gfn)
 static int vm_add(struct vm *vm, uint64_t gfn, uint64_t npages)
 {
 	return slots_add(&vm->slots, GFN(gfn), npages, data_hva(vm, gfn), false);
-}
-
-static void vm_load(struct vm *vm, const char *code, const char *end, struct kvm_regs regs)
-{
-	memcpy(vm->low + AT_CODE, code, (size_t)(end - code));
-	regs.rip = AT_CODE;
-	regs.rflags = RFLAGS_GUEST;
-	ck_assert_int_eq(ioctl(vm->cpu, KVM_SET_REGS, &regs), 0);
 }
 
 /* Runs until something other than a signal comes back. */
@@ -277,12 +195,12 @@ static void vm_write(struct vm *vm, const uint64_t *gpa, unsigned n, uint64_t va
 		return;
 	memcpy(vm->low + AT_LIST, gpa, n * sizeof(*gpa));
 	vm_load(vm, payload_list, payload_list_end,
-		(struct kvm_regs){.rdi = AT_LIST, .rsi = n, .rdx = value});
+		(struct args){.at = AT_LIST, .n = n, .value = value});
 	while ((exit = vm_run(vm)) == KVM_EXIT_DIRTY_RING_FULL) {
 		vm->ring_full++;
 		ck_assert_int_eq(vm_harvest(vm, EVERYWHERE, full, arg), 0);
 	}
-	ck_assert_msg(exit == KVM_EXIT_IO, "exit %u, address %#llx if it is MMIO", exit,
+	ck_assert_msg(vm_reported(vm, exit), "exit %u, address %#llx if it is MMIO", exit,
 		      vm->run->mmio.phys_addr);
 }
 
@@ -308,7 +226,7 @@ static bool no_manual(unsigned mode)
 
 static bool no_rings(void)
 {
-	return left_out(ioctl(kvm_fd, KVM_CHECK_EXTENSION, KVM_CAP_DIRTY_LOG_RING) >= 65536, "dirty ring");
+	return left_out(ioctl(kvm_fd, KVM_CHECK_EXTENSION, ring_cap()) >= 65536, "dirty ring");
 }
 
 /* -- adding and removing ----------------------------------------------------------- */
@@ -486,19 +404,19 @@ START_TEST(readonly_slots_exit)
 	*vm_word(&vm, gpa) = 77;
 	memcpy(vm.low + AT_LIST, &gpa, 8);
 	vm_load(&vm, payload_list, payload_list_end,
-		(struct kvm_regs){.rdi = AT_LIST, .rsi = 1, .rdx = 1234});
+		(struct args){.at = AT_LIST, .n = 1, .value = 1234});
 	ck_assert_uint_eq(vm_run(&vm), KVM_EXIT_MMIO);
 	ck_assert_uint_eq(vm.run->mmio.phys_addr, gpa);
 	ck_assert_uint_eq(vm.run->mmio.is_write, 1);
 	ck_assert_uint_eq(vm.run->mmio.len, 8);
 	ck_assert_mem_eq(vm.run->mmio.data, &(uint64_t){1234}, 8);
-	ck_assert_uint_eq(vm_run(&vm), KVM_EXIT_IO);
+	ck_assert(vm_reported(&vm, vm_run(&vm)));
 	ck_assert_uint_eq(*vm_word(&vm, gpa), 77);
 	/* the list itself is read through a read-only slot */
 	memcpy(vm.data, &(uint64_t){AT_STOP}, 8);
 	vm_load(&vm, payload_list, payload_list_end,
-		(struct kvm_regs){.rdi = DATA << 12, .rsi = 1, .rdx = 9});
-	ck_assert_uint_eq(vm_run(&vm), KVM_EXIT_IO);
+		(struct args){.at = DATA << 12, .n = 1, .value = 9});
+	ck_assert(vm_reported(&vm, vm_run(&vm)));
 	ck_assert_uint_eq(*(uint64_t *)(vm.low + AT_STOP), 9);
 	/* logging leaves it alone */
 	ck_assert_int_eq(slots_log(&vm.slots, true), 0);
@@ -967,7 +885,7 @@ static void *storm_thread(void *arg)
 		pthread_mutex_unlock(&vm->lock);
 		replicate(vm);
 	}
-	ck_assert_uint_eq(exit, KVM_EXIT_IO);
+	ck_assert(vm_reported(vm, exit));
 	return NULL;
 }
 
@@ -976,8 +894,8 @@ static void storm_start(struct vm *vm, pthread_t *thread)
 	vm->replica = pages(STORM_PAGES);
 	memcpy(vm->replica, vm->data, STORM_PAGES * 4096);
 	vm_load(vm, payload_storm, payload_storm_end,
-		(struct kvm_regs){
-		    .rbx = DATA << 12, .rcx = STORM_PAGES - 1, .r8 = 88172645463325252, .rdi = AT_STOP});
+		(struct args){
+		    .first = DATA << 12, .mask = STORM_PAGES - 1, .seed = 88172645463325252, .at = AT_STOP});
 	ck_assert_int_eq(pthread_create(thread, NULL, storm_thread, vm), 0);
 }
 
@@ -1131,251 +1049,11 @@ START_TEST(signals_lose_no_write)
 }
 END_TEST
 
-/* -- registers and translation ------------------------------------------------------------------- */
-
-struct cpu_facts {
-	unsigned phys_bits;
-	bool page1g, pku;
-};
-
-static struct cpu_facts cpu_facts(void)
-{
-	struct kvm_cpuid2 *c = calloc(1, sizeof(*c) + 256 * sizeof(c->entries[0]));
-	struct cpu_facts f = {.phys_bits = 36};
-
-	c->nent = 256;
-	ck_assert_int_eq(ioctl(kvm_fd, KVM_GET_SUPPORTED_CPUID, c), 0);
-	for (unsigned i = 0; i < c->nent; i++) {
-		if (c->entries[i].function == 0x80000008)
-			f.phys_bits = c->entries[i].eax & 0xff;
-		if (c->entries[i].function == 0x80000001)
-			f.page1g = c->entries[i].edx >> 26 & 1;
-		if (c->entries[i].function == 7 && c->entries[i].index == 0)
-			f.pku = c->entries[i].ecx >> 3 & 1;
-	}
-	free(c);
-	return f;
-}
-
-static void regs_accepted(struct vm *vm, struct kage_vcpu *vcpu)
-{
-	struct kage_x86_regs regs;
-	struct kvm_sregs s;
-	struct kvm_regs g;
-
-	ck_assert_int_eq(ioctl(vm->cpu, KVM_GET_SREGS, &s), 0);
-	ck_assert_int_eq(ioctl(vm->cpu, KVM_GET_REGS, &g), 0);
-	ck_assert_int_eq(arch_vcpu_regs(vm->cpu, &regs), 0);
-	ck_assert_uint_eq(regs.cr0, s.cr0);
-	ck_assert_uint_eq(regs.cr3, s.cr3);
-	ck_assert_uint_eq(regs.cr4, s.cr4);
-	ck_assert_uint_eq(regs.efer, s.efer);
-	ck_assert_uint_eq(regs.rflags, g.rflags);
-	ck_assert_int_eq(kage_vcpu_set_regs(vcpu, &regs, sizeof(regs)), KAGE_OK);
-}
-
-static void pkru_is_read(struct vm *vm, struct kage_vcpu *vcpu)
-{
-	struct kvm_xsave xsave;
-	struct kage_x86_regs regs;
-	struct kvm_sregs s;
-	uint64_t present;
-	uint32_t pkru = 0x55555554;
-
-	ck_assert_int_eq(ioctl(vm->cpu, KVM_GET_SREGS, &s), 0);
-	s.cr4 |= 1 << 22;
-	ck_assert_int_eq(ioctl(vm->cpu, KVM_SET_SREGS, &s), 0);
-	ck_assert_int_eq(ioctl(vm->cpu, KVM_GET_XSAVE, &xsave), 0);
-	memcpy(&present, (char *)&xsave + 512, 8);
-	present |= 1 << 9;
-	memcpy((char *)&xsave + 512, &present, 8);
-	memcpy((char *)&xsave + 0xa80, &pkru, 4); /* where Intel's CPUs have it */
-	ck_assert_int_eq(ioctl(vm->cpu, KVM_SET_XSAVE, &xsave), 0);
-	ck_assert_int_eq(arch_vcpu_regs(vm->cpu, &regs), 0);
-	ck_assert_uint_eq(regs.pkru, pkru);
-	ck_assert_int_eq(kage_vcpu_set_regs(vcpu, &regs, sizeof(regs)), KAGE_OK);
-}
-
-START_TEST(registers_are_read)
-{
-	struct kage_vcpu_config config = {.size = sizeof(config),
-					  .features = KAGE_X86_NX | KAGE_X86_PAGE1GB | KAGE_X86_SMEP |
-						      KAGE_X86_SMAP | KAGE_X86_PCID | KAGE_X86_LA57 |
-						      KAGE_X86_PKU};
-	struct kage_engine *engine;
-	struct kage_x86_regs regs;
-	struct kage_vcpu *vcpu;
-	struct kage_vm *guest;
-	struct kvm_sregs s;
-	struct vm vm;
-	uint64_t gpa = DATA << 12;
-
-	vm_start(&vm, 0, 0);
-	ck_assert_int_eq(vm_add(&vm, DATA, 1), 0);
-	ck_assert_int_eq(kage_engine_create(NULL, &engine), KAGE_OK);
-	ck_assert_int_eq(kage_vm_create(engine, NULL, &guest), KAGE_OK);
-	ck_assert_int_eq(kage_vcpu_create(guest, &config, &vcpu), KAGE_OK);
-	for (int ran = 0; ran < 2; ran++) { /* as set, and after the guest has run */
-		regs_accepted(&vm, vcpu);
-		ck_assert_int_eq(arch_vcpu_regs(vm.cpu, &regs), 0);
-		ck_assert_uint_eq(regs.cr0, CR0_GUEST);
-		ck_assert_uint_eq(regs.cr3, AT_TABLES);
-		ck_assert_uint_eq(regs.cr4, CR4_GUEST);
-		ck_assert_uint_eq(regs.efer, EFER_GUEST);
-		ck_assert_uint_eq(regs.cpl, 3);
-		ck_assert_uint_eq(regs.pkru, 0);
-		vm_write(&vm, &gpa, 1, 5, NULL, NULL);
-	}
-	vm_load(&vm, payload_list, payload_list_end, (struct kvm_regs){0});
-	ck_assert_int_eq(ioctl(vm.cpu, KVM_GET_SREGS, &s), 0);
-	s.cs.dpl = s.ss.dpl = 0;
-	s.cs.selector = 0x10;
-	s.ss.selector = 0x18;
-	s.cr4 |= 1 << 20 | 1 << 21; /* SMEP, SMAP */
-	s.cr3 = 0x123000;
-	ck_assert_int_eq(ioctl(vm.cpu, KVM_SET_SREGS, &s), 0);
-	ck_assert_int_eq(ioctl(vm.cpu, KVM_SET_REGS, &(struct kvm_regs){.rflags = 1 << 18 | 2}), 0);
-	regs_accepted(&vm, vcpu);
-	ck_assert_int_eq(arch_vcpu_regs(vm.cpu, &regs), 0);
-	ck_assert_uint_eq(regs.cpl, 0);
-	ck_assert_uint_eq(regs.cr3, 0x123000);
-	ck_assert(regs.rflags & 1 << 18);
-	if (cpu_facts().pku)
-		pkru_is_read(&vm, vcpu);
-	else
-		printf("left out: this CPU has no protection keys\n");
-	s.cr0 = 0x10; /* paging off, as after a reset */
-	s.efer = 0;
-	s.cr4 = 0;
-	s.cs.l = 0;
-	ck_assert_int_eq(ioctl(vm.cpu, KVM_SET_SREGS, &s), 0);
-	regs_accepted(&vm, vcpu);
-	ck_assert_int_eq(arch_vcpu_regs(-1, &regs), -EBADF);
-	kage_vcpu_destroy(vcpu);
-	ck_assert_int_eq(kage_vm_destroy(guest), KAGE_OK);
-	ck_assert_int_eq(kage_engine_destroy(engine), KAGE_OK);
-	vm_stop(&vm);
-}
-END_TEST
-
-#define TREE_PAGES 1024
-
-struct tree {
-	struct vm *vm;
-	struct rng rng;
-	uint64_t next; /* page of DATA for the next table */
-	struct cpu_facts cpu;
-};
-
-/* One of eight, so that addresses share tables. */
-static uint64_t tree_gva(struct tree *t)
-{
-	uint64_t gva = rng_next(&t->rng) & 0xfff;
-
-	for (unsigned level = 0; level < 4; level++)
-		gva |= (rng_below(&t->rng, 8) * 73 & 511) << (12 + 9 * level);
-	return gva >> 47 & 1 ? gva | 0xffff000000000000 : gva;
-}
-
-/* An entry of `level`: a table, a page large or small, nothing, something reserved, a table where no memory
- * is. */
-static uint64_t tree_entry(struct tree *t, unsigned level)
-{
-	uint64_t flags = 1 | (rng_next(&t->rng) & 0x66), page = rng_next(&t->rng) & 0xfffffff000;
-
-	switch (rng_below(&t->rng, 20)) {
-	case 0:
-		return page | (flags & ~(uint64_t)1);
-	case 1:
-		return page | flags | (t->cpu.phys_bits < 52 ? (uint64_t)1 << 51 : 0);
-	case 2:
-		return page | flags |
-		       0x80; /* large: at a level that has none, or with low address bits, reserved */
-	case 3:
-		return 0x3f00000000 | flags;
-	case 4:
-		return (page & ~(uint64_t)0x3fffffff) | flags | 0x80 | (uint64_t)1 << 63;
-	case 5:
-		return (page & ~(uint64_t)0x3fffffff) | flags | 0x1080; /* bit 12 is PAT */
-	default:
-		break;
-	}
-	if (level == 0)
-		return page | flags | (rng_next(&t->rng) & 0x180);
-	if (t->next == TREE_PAGES)
-		return 0;
-	return (DATA + t->next++) << 12 | flags;
-}
-
-static int tree_read(void *arg, uint64_t gpa, unsigned bytes, uint64_t *entry)
-{
-	struct tree *t = arg;
-
-	if (gpa >> 12 < DATA || gpa >> 12 >= DATA + TREE_PAGES)
-		return -EFAULT;
-	*entry = __atomic_load_n(vm_word(t->vm, gpa), __ATOMIC_RELAXED);
-	return 0;
-}
-
-/* Fills in what the walk of gva misses. */
-static void tree_grow(struct tree *t, uint64_t gva)
-{
-	uint64_t table = DATA << 12;
-
-	for (unsigned level = 3;; level--) {
-		uint64_t *e = vm_word(t->vm, table + (gva >> (12 + 9 * level) & 511) * 8);
-
-		if (!*e)
-			*e = tree_entry(t, level);
-		table = *e & 0xffffff000;
-		if (!level || !(*e & 1) || (*e & 0x80) || table >> 12 < DATA ||
-		    table >> 12 >= DATA + TREE_PAGES)
-			return;
-	}
-}
-
-START_TEST(kage_translates_as_kvm_does)
-{
-	struct tree t = {.rng = rng_seed((uint64_t)_i), .next = 1, .cpu = cpu_facts()};
-	unsigned valid = 0, invalid = 0, large = 0;
-	struct kage_x86_regs regs;
-	struct kvm_sregs s;
-	struct vm vm;
-
-	vm_start(&vm, 0, 0);
-	ck_assert_int_eq(vm_add(&vm, DATA, TREE_PAGES), 0);
-	t.vm = &vm;
-	ck_assert_int_eq(ioctl(vm.cpu, KVM_GET_SREGS, &s), 0);
-	s.cr3 = DATA << 12;
-	if (_i % 2)
-		s.efer &= ~(uint64_t)0x800; /* without NXE bit 63 is reserved */
-	ck_assert_int_eq(ioctl(vm.cpu, KVM_SET_SREGS, &s), 0);
-	ck_assert_int_eq(arch_vcpu_regs(vm.cpu, &regs), 0);
-	for (unsigned i = 0; i < 1000; i++) {
-		struct pt_params p = {
-		    .phys_bits = (uint8_t)t.cpu.phys_bits, .nx = regs.efer >> 11 & 1, .page1g = t.cpu.page1g};
-		struct kvm_translation tr = {.linear_address = tree_gva(&t)};
-		struct pt_guest_path path;
-
-		tree_grow(&t, tr.linear_address);
-		ck_assert_int_eq(
-		    pt_guest_walk(&pt_x86_4, &p, regs.cr3, tr.linear_address, tree_read, &t, &path), 0);
-		ck_assert_int_eq(ioctl(vm.cpu, KVM_TRANSLATE, &tr), 0);
-		ck_assert_msg(tr.valid == (path.state == PT_LEAF),
-			      "gva %#llx: KVM %u, kage state %u at level %u, entry %#lx", tr.linear_address,
-			      tr.valid, path.state, path.level, path.step[path.level].entry);
-		if (tr.valid)
-			ck_assert_uint_eq(tr.physical_address, path.gpa);
-		valid += tr.valid;
-		invalid += !tr.valid;
-		large += tr.valid && path.level > 0;
-	}
-	ck_assert_uint_gt(valid, 100);
-	ck_assert_uint_gt(invalid, 100);
-	ck_assert_uint_gt(large, 10);
-	vm_stop(&vm);
-}
-END_TEST
+#if defined(__x86_64__)
+#include "x86_slots_regs.h"
+#else
+#include "arm64_slots_regs.h"
+#endif
 
 int main(void)
 {
@@ -1408,8 +1086,7 @@ int main(void)
 	tcase_add_loop_test(tc, rings_lose_no_write, 0, ARRAY_SIZE(ring_sizes));
 	tcase_add_loop_test(tc, logging_starts_under_a_running_guest, 0, ARRAY_SIZE(manual_modes));
 	tcase_add_test(tc, signals_lose_no_write);
-	tcase_add_test(tc, registers_are_read);
-	tcase_add_loop_test(tc, kage_translates_as_kvm_does, 0, 4);
+	add_register_tests(tc);
 	suite_add_tcase(suite, tc);
 	sr = srunner_create(suite);
 	srunner_set_fork_status(sr, CK_NOFORK);
@@ -1419,4 +1096,3 @@ int main(void)
 	close(kvm_fd);
 	return failed ? EXIT_FAILURE : EXIT_SUCCESS;
 }
-#endif
