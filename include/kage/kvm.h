@@ -139,8 +139,10 @@ KAGE_API int kage_kvm_set_policy(struct kage_kvm *kvm, uint32_t policy);
 
 /**
  * Gives a vCPU of the soft backend (kage_vcpu_create() on the same guest) the registers of a
- * vCPU of KVM's: from then on kage_vcpu_translate() answers for that one. x86-64. KVM answers when the vCPU is not
- * in KVM_RUN. Returns as kage_vcpu_set_regs(), errno of an ioctl, -EOPNOTSUPP.
+ * vCPU of KVM's: from then on kage_vcpu_translate() answers for that one. It was created for this machine's
+ * architecture (kage_vcpu_config.arch). KVM answers when the vCPU is not
+ * in KVM_RUN; on arm64 after KVM_EXIT_MMIO the access is completed by another KVM_RUN (with immediate_exit) first.
+ * Returns as kage_vcpu_set_regs(), errno of an ioctl, -EOPNOTSUPP (arm64: the guest is in AArch32).
  */
 KAGE_API int kage_kvm_load_regs(struct kage_vcpu *vcpu, int vcpufd);
 

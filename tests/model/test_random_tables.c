@@ -208,8 +208,8 @@ static uint64_t x86_entry(struct run *r, const struct half *h, unsigned level)
 		e |= BIT(63);
 	if (one_in(r, 20))
 		e ^= BIT(x >> 20 & 63);
-	if (large && one_in(r, 16)) /* reserved, or address bits 32 and up */
-		e |= BIT(13 + (x >> 26 & 7) + (x >> 29 & 1));
+	if (r->no_global)
+		e &= ~(uint64_t)0x100;
 	return r->format == X86_32 ? e & 0xffffffff : e;
 }
 
@@ -251,20 +251,14 @@ static uint64_t arm64_entry(struct run *r, const struct half *h, unsigned level)
 	}
 	if (one_in(r, 20))
 		e ^= BIT(x >> 20 & 63);
+	if (leaf && r->no_global)
+		e |= BIT(11);
 	return e;
-}
-
-/* Whatever a word of memory comes to be used as: in a guest without global pages it is none. */
-static uint64_t tamed(const struct run *r, uint64_t word)
-{
-	if (!r->no_global)
-		return word;
-	return r->arm ? word | BIT(11) : word & ~(BIT(8) | BIT(40));
 }
 
 static uint64_t new_entry(struct run *r, const struct half *h, unsigned level)
 {
-	return tamed(r, r->arm ? arm64_entry(r, h, level) : x86_entry(r, h, level));
+	return r->arm ? arm64_entry(r, h, level) : x86_entry(r, h, level);
 }
 
 static uint64_t slot_gpa(const struct run *r, const struct half *h, unsigned table, unsigned va)
@@ -326,24 +320,10 @@ static void load_pdptes(struct run *r)
 		r->g.x86 = c;
 }
 
-/* Of one address space: its PCID or ASID, which x86 guests without PCIDs have none of. */
-static void flush_asid(struct run *r, uint32_t kind, unsigned space, uint64_t gva)
-{
-	uint64_t asid = r->arm || r->g.x86.cr4 & BIT(17) ? space + 1 : 0;
-
-	if (kage_vcpu_flush(r->g.vcpu, KAGE_CFG(kage_flush, .kind = kind, .asid = asid, .gva = gva)))
-		fg_fail(&r->g, "kage_vcpu_flush, kind %u asid %llu", kind, (unsigned long long)asid);
-}
-
 /* After changes of tables that software has to flush for. */
 static void flush_all(struct run *r)
 {
-	if (r->no_global && paging(r) && one_in(r, 2)) {
-		flush_asid(r, KAGE_FLUSH_ASID, 0, 0);
-		flush_asid(r, KAGE_FLUSH_ASID, 1, 0);
-	} else {
-		fg_flush(&r->g, KAGE_FLUSH_ALL, 0);
-	}
+	fg_flush(&r->g, KAGE_FLUSH_ALL, 0);
 	if (r->format == X86_PAE && !r->arm && paging(r) && one_in(r, 2))
 		load_pdptes(r);
 }
@@ -500,6 +480,7 @@ static void arm64_shapes(struct run *r)
 
 static void new_roots(struct run *r)
 {
+	r->no_global = one_in(r, 2);
 	for (unsigned space = 0; space < 2; space++)
 		for (unsigned i = 0; i < r->halves; i++)
 			r->root[space][i] =
@@ -554,7 +535,7 @@ static void access_once(struct run *r, uint64_t va)
 		value = new_entry(r, h, below(r, h->levels));
 	if (h->entry_bytes == 4)
 		value |= new_entry(r, h, below(r, h->levels)) << 32;
-	if (fg_do(&r->g, va, access, tamed(r, value), &gpa) && access == FG_WRITE && in_tables(gpa)) {
+	if (fg_do(&r->g, va, access, value, &gpa) && access == FG_WRITE && in_tables(gpa)) {
 		r->table_stores++;
 		flush_all(r);
 	}
@@ -581,13 +562,14 @@ static void mutate(struct run *r)
 		e = new_entry(r, h, table_level(h, table));
 	else
 		e ^= BIT(below(r, 12));
-	fg_write(&r->g, gpa, tamed(r, e), h->entry_bytes);
-	if (paging(r) && one_in(r, 3)) {
+	if (r->no_global && !r->arm)
+		e &= ~(uint64_t)0x100;
+	else if (r->no_global)
+		e |= BIT(11);
+	fg_write(&r->g, gpa, e, h->entry_bytes);
+	if (one_in(r, 3)) {
 		va = random_va(r, h);
-		if (r->no_global && one_in(r, 2))
-			flush_asid(r, KAGE_FLUSH_PAGE_ASID, r->space, va);
-		else
-			fg_flush(&r->g, KAGE_FLUSH_PAGE, va);
+		fg_flush(&r->g, KAGE_FLUSH_PAGE, va);
 		access_once(r, va);
 	}
 	flush_all(r);
@@ -715,7 +697,6 @@ static void begin(struct run *r, unsigned format, uint64_t seed)
 	fg_create(&r->g, &config);
 	r->g.arm64 = arm64;
 	r->g.x86 = x86;
-	r->no_global = one_in(r, 2);
 	if (!r->arm)
 		x86_shape(r);
 }
