@@ -122,12 +122,7 @@ static bool same_mode(const struct ctx_set *set, const struct pt_guest *mode, ui
 {
 	const struct pt_guest *m = &set->mode;
 
-	if (m->nroots != mode->nroots || (m->nroots && (m->arch != mode->arch || set->key != key)))
-		return false;
-	for (unsigned i = 0; i < m->nroots; i++)
-		if (!pt_same_root(&m->root[i], &mode->root[i]))
-			return false;
-	return true;
+	return set->key == key && (m->arch == mode->arch || !m->nroots) && pt_same_roots(m, mode);
 }
 
 static struct ctx_set *find_set(struct kage_vcpu *v, const struct pt_guest *mode)

@@ -48,11 +48,11 @@ struct pt_guest {
 	const struct pt_arch *arch;
 	uint8_t nroots; /* 0: translation is off, gva is gpa */
 	bool asids;     /* translations of several address spaces are kept: flushes of a page reach all of them */
-	struct pt_root root[PT_ROOTS];
 	union {
 		struct x86_mode x86;
 		struct arm64_mode arm64;
 	};
+	struct pt_root root[PT_ROOTS];
 };
 
 struct pt_arch {
@@ -61,6 +61,8 @@ struct pt_arch {
 	int (*root_of)(const struct pt_guest *g, uint64_t gva);
 	/* May a single kind of access (KAGE_IMPLICIT besides) use a page? */
 	bool (*allows)(const struct pt_guest *g, struct pt_rights r, uint32_t access);
+	/* What of READ, WRITE, EXEC is allowed: allows() of each. */
+	uint32_t (*allowed)(const struct pt_guest *g, struct pt_rights r);
 	/* The fault of an access that a walk ended in `state` at `level`; PT_LEAF: by the lack of rights. */
 	struct pt_fault (*fault)(const struct pt_guest *g, enum pt_state state, unsigned level, struct pt_rights r,
 				 uint32_t access);
@@ -81,17 +83,6 @@ static inline struct pt_rights pt_path_rights(const struct pt_guest_path *path)
 	};
 }
 
-/* What of READ, WRITE, EXEC is allowed. */
-static inline uint32_t pt_allowed(const struct pt_guest *g, struct pt_rights r)
-{
-	uint32_t allowed = 0;
-
-	for (uint32_t access = KAGE_READ; access <= KAGE_EXEC; access <<= 1)
-		if (g->arch->allows(g, r, access))
-			allowed |= access;
-	return allowed;
-}
-
 /* The address within what its root translates. */
 static inline uint64_t pt_root_offset(const struct pt_root *r, uint64_t gva)
 {
@@ -100,8 +91,18 @@ static inline uint64_t pt_root_offset(const struct pt_root *r, uint64_t gva)
 
 static inline bool pt_same_root(const struct pt_root *a, const struct pt_root *b)
 {
-	return a->format == b->format && a->table == b->table && a->base == b->base && a->bits == b->bits &&
+	return a->table == b->table && a->format == b->format && a->base == b->base && a->bits == b->bits &&
 	       a->level == b->level && a->state == b->state && !memcmp(&a->params, &b->params, sizeof(a->params));
+}
+
+static inline bool pt_same_roots(const struct pt_guest *a, const struct pt_guest *b)
+{
+	if (a->nroots != b->nroots)
+		return false;
+	for (unsigned i = 0; i < a->nroots; i++)
+		if (!pt_same_root(&a->root[i], &b->root[i]))
+			return false;
+	return true;
 }
 
 #endif

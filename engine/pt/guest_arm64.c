@@ -67,6 +67,12 @@ static bool arm64_allows(const struct pt_guest *g, struct pt_rights r, uint32_t 
 	return g->arm64.el0 ? el0_allows(&g->arm64, r, access) : el1_allows(&g->arm64, r, access);
 }
 
+static uint32_t arm64_allowed(const struct pt_guest *g, struct pt_rights r)
+{
+	return (arm64_allows(g, r, KAGE_READ) ? KAGE_READ : 0) | (arm64_allows(g, r, KAGE_WRITE) ? KAGE_WRITE : 0) |
+	       (arm64_allows(g, r, KAGE_EXEC) ? KAGE_EXEC : 0);
+}
+
 static uint32_t fault_status(enum pt_state state, unsigned level)
 {
 	bool m1 = level > ARM_LEVEL_0;
@@ -120,6 +126,7 @@ const struct pt_arch pt_arch_arm64 = {
 	.name = "arm64",
 	.root_of = arm64_root_of,
 	.allows = arm64_allows,
+	.allowed = arm64_allowed,
 	.fault = arm64_fault,
 	.used = arm64_used,
 	.key = arm64_key,

@@ -34,6 +34,11 @@ static bool x86_allows(const struct pt_guest *g, struct pt_rights r, uint32_t ac
 	return !x86_check(&g->x86, r.perm, r.user, r.pkey, access);
 }
 
+static uint32_t x86_allowed_rights(const struct pt_guest *g, struct pt_rights r)
+{
+	return x86_allowed(&g->x86, r.perm, r.user, r.pkey);
+}
+
 static struct pt_fault x86_fault(const struct pt_guest *g, enum pt_state state, unsigned level, struct pt_rights r,
 				 uint32_t access)
 {
@@ -69,6 +74,7 @@ const struct pt_arch pt_arch_x86 = {
 	.name = "x86",
 	.root_of = x86_root_of,
 	.allows = x86_allows,
+	.allowed = x86_allowed_rights,
 	.fault = x86_fault,
 	.used = x86_used,
 	.key = x86_key,

@@ -275,7 +275,7 @@ void shadow_audit_tlb(struct shadow_cpu *cpu, const struct pt_guest *mode, const
 		return;
 	if ((e & SPTE_LARGE) && !f->large)
 		e += (spte_t)level_index(GFN(f->gva >> PAGE_SHIFT), 0) << PAGE_SHIFT;
-	CHECK(a, pfn_eq(spte_pfn(e), pfn) && !(f->rights & ~(pt_allowed(mode, guest_rights(guest)) & spte_rights(e))),
+	CHECK(a, pfn_eq(spte_pfn(e), pfn) && !(f->rights & ~(mode->arch->allowed(mode, guest_rights(guest)) & spte_rights(e))),
 	      "TLB: gva %#llx has pfn %#llx, rights %u; its shadow entry is %#llx, guest %#llx",
 	      (unsigned long long)f->gva, (unsigned long long)pfn.v, f->rights, (unsigned long long)e,
 	      (unsigned long long)guest);

@@ -116,11 +116,6 @@ struct shadow_page {
 	struct shadow_page *hash_next; /* or next in the list of free pages */
 	gfn_t gfn;		       /* of the guest's entries; direct: first gfn mapped */
 	uint64_t role;
-	const struct pt_format *format; /* from the role, as the next four; NULL: direct */
-	struct pt_params params;
-	uint8_t table_level; /* of the guest's entries */
-	uint8_t split;	     /* log2 of the entries that one of the guest's gives */
-	uint16_t first;	     /* index of the first of them in its frame */
 	uint32_t id;   /* for life */
 	ref_t parents; /* chain of links that point here */
 	uint32_t nparents;
@@ -135,6 +130,11 @@ struct shadow_page {
 	bool unsync;	     /* its gfn may be written; flushes re-read it */
 	bool foreign;	     /* for ever so: somebody else writes that memory */
 	bool syncing;	     /* being watched again; not yet relied on */
+	const struct pt_format *format; /* from the role, as the next four; NULL: direct */
+	struct pt_params params;
+	uint8_t table_level; /* of the guest's entries */
+	uint8_t split;	     /* log2 of the entries that one of the guest's gives */
+	uint16_t first;	     /* index of the first of them in its frame */
 	uint64_t gva;	     /* REACH_ONE: of entry 0 */
 	uint64_t write_gen;  /* older than the shadow's: hW bits are void */
 	uint64_t settle_seq; /* writers have stopped once flushed_seq >= this */

@@ -54,7 +54,9 @@ struct map {
 	unsigned root;		   /* that translates gva */
 	const struct mm_fault *mf; /* validated; NULL: none yet */
 	/* derived on the way down (AND along the path) */
+	uint64_t offset;	   /* of gva within its root */
 	spte_t guest;		   /* SPTE_ALL and the key of the guest's leaf */
+	uint32_t allowed;	   /* what the guest's tables let this mode do; set by leaf_check() */
 	struct shadow_page *table; /* that holds the guest's leaf entry */
 	/* out */
 	gfn_t gfn;
@@ -92,7 +94,7 @@ static void fill(struct map *m, uint32_t rights, pfn_t pfn, bool large)
 
 static void fill_from_leaf(struct map *m, struct shadow_page *p, spte_t e)
 {
-	uint32_t rights = pt_allowed(&m->cpu->mode, guest_rights(m->guest)) & host_rights(e);
+	uint32_t rights = m->allowed & host_rights(e);
 	pfn_t pfn = spte_pfn(e);
 
 	if (!(m->guest & SPTE_D))
@@ -191,7 +193,8 @@ static enum map_step leaf_check(struct map *m, struct chunk *c, spte_t e)
 	const struct pt_guest *mode = &m->cpu->mode;
 	enum map_step step;
 
-	if (!mode->arch->allows(mode, guest_rights(m->guest), m->access))
+	m->allowed = mode->arch->allowed(mode, guest_rights(m->guest));
+	if (!(m->allowed & m->access))
 		return MAP_WALK;
 	if ((m->access & KAGE_WRITE) && !(m->guest & SPTE_D) && !table_readonly(m->s, m->table->gfn))
 		return MAP_WALK;
@@ -279,7 +282,7 @@ static enum map_step map_down(struct map *m, struct shadow_page *p)
 	struct shadow *s = m->s;
 
 	for (;;) {
-		unsigned idx = root_index(&m->cpu->mode.root[m->root], m->gva, p->level);
+		unsigned idx = level_index(GFN(m->offset >> PAGE_SHIFT), p->level);
 		spte_t e = p->spte[idx];
 		struct guest_entry g = {.bits = e & SPTE_GUEST};
 		enum map_step step;
@@ -444,6 +447,8 @@ int shadow_fault(struct shadow_cpu *cpu, uint64_t gva, uint32_t access, unsigned
 	if (root < 0)
 		return KAGE_GUEST_FAULT;
 	m.root = (unsigned)root;
+	if (cpu->mode.nroots)
+		m.offset = pt_root_offset(&cpu->mode.root[root], gva);
 	for (;;) {
 		enum map_step step;
 		int r;

@@ -139,6 +139,11 @@ void shadow_set_mode(struct shadow_cpu *cpu, const struct pt_guest *mode)
 	struct shadow *s = cpu->shadow;
 
 	lock_take(&s->lock);
+	if (pt_same_roots(&cpu->mode, mode)) { /* another privilege, say */
+		memcpy(&cpu->mode, mode, offsetof(struct pt_guest, root));
+		lock_drop(&s->lock);
+		return;
+	}
 	page_roots_put(s, cpu);
 	cpu->mode = *mode;
 	for (unsigned i = 0; i < mode->nroots; i++) {
