@@ -3,10 +3,11 @@
 # Builds and runs the tests:  sh tests/run.sh [SUITE...]
 #
 # SUITE is a folder of tests/ (unit, model, flow, stress, lint, abi, ...), demo,
-# or asan or tsan: builds of their own under a sanitizer, or arm64: a cross
-# build whose tests run under QEMU's user-mode emulation. Without one: all of
-# them. Installs what is missing (as root, with apt-get; else says what to
-# install). Prints each skip with its reason, and as its last line
+# virt: the KVM suites inside of virtual machines (minutes), asan or tsan: builds
+# of their own under a sanitizer, or arm64: a cross build whose tests run under
+# QEMU's user-mode emulation. Without one: all of them. Installs what is missing
+# (as root, with apt-get; else says what to install). Prints each skip with its
+# reason, and as its last line
 #     N passed, N failed, N skipped
 # A program of Check counts as its cases, any other test as one. Exit: 0, 1 if
 # something failed, 2 if nothing could be built. Environment:
@@ -19,6 +20,7 @@ cd "$(dirname "$0")/.." || exit 2
 build=${KAGE_BUILD:-build}
 all=1
 plain=
+virt=
 asan=
 tsan=
 arm64=
@@ -28,6 +30,7 @@ for suite in "$@"; do
 	asan) asan=1 ;;
 	tsan) tsan=1 ;;
 	arm64) arm64=1 ;;
+	virt) virt=1 ;;
 	-*) sed -n '3,/^set/s/^# \{0,1\}//p' tests/run.sh; exit 2 ;;
 	*) plain="$plain --suite $suite" ;;
 	esac
@@ -65,6 +68,10 @@ find_missing() {
 	need qemu-system-aarch64 qemu-system-arm
 	need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
 	need spin spin
+	need_lib libvirt libvirt-dev
+	[ -e "/usr/lib/$(uname -m)-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so" ] ||
+		missing="$missing libvirt-daemon-driver-qemu"
+	getent passwd libvirt-qemu >/dev/null || missing="$missing libvirt-daemon-system"
 	have llvm-symbolizer || missing="$missing llvm"
 	if ! have clang; then
 		missing="$missing clang libclang-rt-dev"
@@ -85,11 +92,17 @@ install_missing() {
 	fi
 	echo "Installing:$missing"
 	apt-get -qq update >/dev/null
-	# One by one: what the tests can do without must not hold up the rest.
+	# One by one: what the tests can do without must not hold up the rest. No daemon is started.
+	policy=
+	if [ ! -e /usr/sbin/policy-rc.d ]; then
+		policy=/usr/sbin/policy-rc.d
+		printf '#!/bin/sh\nexit 101\n' >$policy && chmod 755 $policy
+	fi
 	for package in $missing; do
 		DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends "$package" >"$build/run.log" 2>&1 ||
 			{ echo "  cannot install $package:"; tail -n 3 "$build/run.log"; }
 	done
+	[ -z "$policy" ] || rm -f $policy
 	find_missing
 }
 
@@ -119,7 +132,7 @@ tally() {
 		result = "ERROR"
 		if (match($0, /"result": "[A-Z]+"/))
 			result = substr($0, RSTART + 11, RLENGTH - 12)
-		cases = bad = 0
+		cases = bad = skips = 0
 		rest = $0
 		while (match(rest, /Checks: [0-9]+, Failures: [0-9]+, Errors: [0-9]+/)) {
 			split(substr(rest, RSTART, RLENGTH), part, /[^0-9]+/)
@@ -127,13 +140,21 @@ tally() {
 			bad += part[3] + part[4]
 			rest = substr(rest, RSTART + RLENGTH)
 		}
-		skips = 0
 		rest = $0
 		gsub(/\\n/, "\n", rest)
 		gsub(/"std(out|err)": "/, "\n", rest)
 		count = split(rest, line, "\n")
 		reason = "(no reason given)"
 		for (i = 1; i <= count; i++) {
+			# A leg of the virt suite: its skips are those of its list, or it fails.
+			if (line[i] ~ /^LEG [^:]*: [0-9]+ passed, [0-9]+ failed, [0-9]+ skipped/) {
+				split(line[i], part, /[ ,]+/)
+				cases = part[3] + part[5]
+				bad = part[5]
+				skips += part[7]
+			}
+			if (line[i] ~ /^(LEG| *REPEATED:) /)
+				print substr(line[i], 1, 200) > "/dev/stderr"
 			if (line[i] !~ /^(SKIP|skipped): /)
 				continue
 			reason = line[i]
@@ -160,7 +181,7 @@ tally() {
 		print "FAILED: " name " (" result "), see " build "/meson-logs/testlog.txt" > "/dev/stderr"
 		# What it said last of the why: assertions of Check, findings of the audit, lines of scripts.
 		for (i = count; i > 0 && said < 12; i--)
-			if (line[i] ~ /:[FE]:[A-Za-z_0-9]+:|^(FAIL|FAILED|audit|engine):|Sanitizer/)
+			if (line[i] ~ /:[FE]:[A-Za-z_0-9]+:|^(FAIL|FAILED|audit|engine|  BAD|  FAIL)(:| )|Sanitizer/)
 				why[++said] = substr(line[i], 1, 300)
 		for (; said > 0; said--)
 			print "    " why[said] > "/dev/stderr"
@@ -234,14 +255,26 @@ run_tsan() {
 		run "$build-tsan" --suite unit --suite stress -t 3
 }
 
+# Says why not.
+prepare_arm64() {
+	why=$(sh tests/cross/sysroot.sh "$build-cross-arm64" arm64) || { left_out "arm64: ${why#SKIP: }"; return 1; }
+	prepare "$build-arm64" --cross-file "$build-cross-arm64/cross.ini" -Dbench=false ||
+		{ could_not "$build-arm64 does not build"; return 1; }
+}
+
 # The engine as an arm64 host has it, short forms: emulation is slow.
 run_arm64() {
-	why=$(sh tests/cross/sysroot.sh "$build-cross-arm64" arm64) || { left_out "arm64: ${why#SKIP: }"; return; }
-	prepare "$build-arm64" --cross-file "$build-cross-arm64/cross.ini" -Dbench=false ||
-		{ could_not "$build-arm64 does not build"; return; }
+	prepare_arm64 || return
 	echo "Tests on arm64, under QEMU's user-mode emulation, short forms"
 	KAGE_SEQUENCES=5 KAGE_STEPS=300 KAGE_ROUNDS=2 KAGE_SHORT=1 \
 		run "$build-arm64" --suite unit --suite model --suite flow -t 4
+}
+
+# Legs run beside each other: an emulated machine seldom has work for two CPUs.
+run_virt() {
+	prepare "$build" || { could_not "$build does not build"; return; }
+	echo "The KVM suites inside of virtual machines"
+	run "$build" --suite virt
 }
 
 begin=$(date +%s)
@@ -257,7 +290,7 @@ if [ -n "$all" ] || [ -n "$plain" ]; then
 	if prepare "$build"; then
 		echo "Tests"
 		# shellcheck disable=SC2086
-		run "$build" $plain
+		run "$build" ${plain:---no-suite virt}
 	else
 		could_not "$build does not build"
 	fi
@@ -265,6 +298,7 @@ fi
 [ -z "$asan" ] || run_asan
 [ -z "$tsan" ] || run_tsan
 [ -z "$arm64" ] || run_arm64
+[ -z "$all$virt" ] || run_virt
 
 echo
 echo "tests/run.sh: $(($(date +%s) - begin)) s"

@@ -2,7 +2,7 @@
 /*
  * Linux as a guest on Kage's memory, cloned while it runs.
  *
- *   vmm-linux [options] KERNEL INITRD      (tests/vmm/nested.sh makes the initramfs: linux_init.sh)
+ *   vmm-linux [options] KERNEL INITRD      (tests/virt makes the initramfs: linux_init.sh)
  *
  * The guest says KAGE-READY on its serial port, with the digest of data that it
  * made before. Then it is cloned, on all its CPUs running, and each guest gets the line
@@ -14,7 +14,7 @@
  * What is checked: every guest answers with the identity that the VMM gave it; old data
  * is the same in all; its own text is different in all and the same both times; nobody said
  * KAGE-BAD; the engine's audit finds nothing. Whether the digests are those of the texts
- * is for who reads the output: nested.sh computes them again, outside of the guests.
+ * is for who reads the output: tests/virt/proofs.sh computes them again, outside of the guests.
  *
  * Exit: 0 and the line "vmm-linux: PASS", 1, or 77 with "SKIP: reason".
  *

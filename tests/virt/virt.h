@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The virt suite: the programs of tests/kvm and tests/vmm inside virtual machines, on a real kernel's /dev/kvm.
+ *
+ * structures
+ *	leg		one machine and what runs in it: read from tests/virt/legs/NAME
+ *	test		one program of a leg, and what came of it
+ *	run		one start of the machine: how it ended
+ *	paths		where things lie
+ *
+ * Files, in the order in which a leg goes through them: leg.c (the description), initramfs.c with elf.c (what
+ * the machine boots), domain.c (libvirt: define, start, watch, destroy), result.c (what the console says),
+ * main.c (the order of all this, and who cleans up).
+ *
+ * invariants
+ *	V1. What counts is on the console: a test that has no VIRT-END line has failed, and so has a
+ *	    leg without VIRT-DONE, or whose kernel came up in another mode than `mode` of the leg.
+ *	V2. A skip that the leg's list does not have fails, and so does one of the list that did not happen.
+ *	V3. No machine outlives the harness: domain.c destroys, main.c kills what is left of the root, and the next
+ *	    start looks again.
+ */
+#ifndef KAGE_TESTS_VIRT_H
+#define KAGE_TESTS_VIRT_H
+
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#define PASSED	0
+#define FAILED	1
+#define SKIPPED 77
+#define MAX	128 /* tests, skips, files of a leg */
+
+struct test {
+	char *name, *command; /* command: [VARIABLE=value]... PROGRAM ARGUMENT... */
+	unsigned seconds;     /* until it is stopped */
+	/* result.c */
+	bool begun, ended;
+	int status;
+	unsigned took, passed, failed, skips;
+};
+
+struct skip {
+	char *pattern; /* fnmatch() on "TEST: text" */
+	unsigned seen; /* result.c */
+};
+
+struct leg {
+	const char *name;
+	const struct machine *machine;
+	char *suite, *cpu, *mode; /* suite of Debian: stable or a suite of backports */
+	unsigned mib;
+	char *module[MAX], *file[MAX];
+	char *background; /* a program that runs beside all tests */
+	unsigned modules, files, tests, skips;
+	struct test test[MAX];
+	struct skip skip[MAX];
+	/* result.c */
+	char kernel[256];
+	unsigned bad; /* complaints that belong to no test */
+	bool done, panic, locked;
+};
+
+/* What a kind of machine is called by whom. */
+struct machine {
+	const char *arch;     /* of libvirt and of programs */
+	const char *debian;
+	const char *emulator, *package;
+	const char *type, *console;
+	const char *features; /* of the domain's XML */
+	const char *qemu;     /* arguments that libvirt has no element for, as XML */
+	uint16_t elf;	      /* e_machine */
+};
+
+struct paths {
+	const char *source;   /* Kage's sources */
+	const char *programs; /* a build folder of the machine's architecture */
+	const char *sysroot;  /* prefix of its libraries, "" here */
+	char out[400];	      /* of this leg: console, initramfs */
+	char boot[400];	      /* kernel and busybox, made by fetch.sh */
+	char root[100];	      /* libvirt's; short: a socket's path has 107 characters */
+	bool verbose;
+};
+
+enum ended {
+	ENDED_OFF,     /* switched off, or reset */
+	ENDED_STUCK,   /* destroyed: it was silent for too long */
+	ENDED_CRASHED, /* QEMU failed */
+	ENDED_NEVER,   /* it could not be started */
+};
+
+/* What the watcher asks while the machine runs: is there news, and how long may it be silent from here on? */
+struct watch {
+	unsigned (*look)(void *opaque); /* seconds; 0: nothing new */
+	void *opaque;
+};
+
+/* leg.c. Errors are printed; false then. */
+bool leg_read(struct leg *leg, const char *path);
+bool leg_read_skips(struct leg *leg, const char *path);
+bool leg_only(struct leg *leg, char **names, int count);
+char *leg_program(const struct test *test, char *buf, size_t size);
+
+/* elf.c */
+bool elf_add_program(FILE *archive, const char *path, const char *as, const struct paths *paths, uint16_t machine);
+bool elf_add_libgcc(FILE *archive, const struct paths *paths, uint16_t machine);
+
+/* initramfs.c */
+bool cpio_add(FILE *archive, const char *from, const char *as, unsigned mode);
+bool cpio_has(const char *as);
+bool initramfs_make(const struct leg *leg, const struct paths *paths);
+
+/* domain.c */
+const char *domain_missing(const struct machine *machine);
+bool domain_open(const struct paths *paths);
+void domain_close(void);
+enum ended domain_run(const struct leg *leg, const struct paths *paths, const struct watch *watch);
+void domain_kill_strays(const char *root);
+
+/* result.c */
+bool result_begin(struct leg *leg, const struct paths *paths);
+unsigned result_look(void *leg);
+void result_end(void);
+int result_report(struct leg *leg, const struct paths *paths, enum ended ended, unsigned seconds);
+bool result_machine_failed(const struct leg *leg, enum ended ended);
+
+static inline void fill(char *buf, size_t size, const char *format, ...) __attribute__((format(printf, 3, 4)));
+static inline void fill(char *buf, size_t size, const char *format, ...)
+{
+	va_list ap;
+
+	va_start(ap, format);
+	if (vsnprintf(buf, size, format, ap) >= (int)size)
+		fprintf(stderr, "virt: too long: %s\n", buf);
+	va_end(ap);
+}
+
+#endif
