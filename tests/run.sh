@@ -79,7 +79,7 @@ find_missing() {
 		[ ! -e "$(clang -print-runtime-dir)/libclang_rt.tsan.a" ]; then
 		missing="$missing libclang-rt-dev"
 	fi
-	if [ -n "$arm64" ]; then
+	if [ -n "$arm64$virt$all" ]; then
 		need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
 		need qemu-aarch64-static qemu-user-static
 	fi
@@ -255,7 +255,7 @@ run_tsan() {
 		run "$build-tsan" --suite unit --suite stress -t 3
 }
 
-# Says why not.
+# run_arm64 and the arm64 legs of the virt suite need it. Says why not.
 prepare_arm64() {
 	why=$(sh tests/cross/sysroot.sh "$build-cross-arm64" arm64) || { left_out "arm64: ${why#SKIP: }"; return 1; }
 	prepare "$build-arm64" --cross-file "$build-cross-arm64/cross.ini" -Dbench=false ||
@@ -273,6 +273,7 @@ run_arm64() {
 # Legs run beside each other: an emulated machine seldom has work for two CPUs.
 run_virt() {
 	prepare "$build" || { could_not "$build does not build"; return; }
+	prepare_arm64 # without it legs skip
 	echo "The KVM suites inside of virtual machines"
 	run "$build" --suite virt
 }
