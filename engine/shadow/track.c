@@ -358,7 +358,7 @@ int shadow_sync_page(struct shadow_cpu *cpu, uint64_t gva)
 	struct shadow *s = cpu->shadow;
 
 	lock_take(&s->lock);
-	if (s->nunsync && mode->nroots) {
+	if (s->nunsync && (mode->nroots || mode->asids)) {
 		int root = mode->arch->root_of(mode, gva);
 
 		if (mode->asids || s->nunsync_upper || root < 0 || !cpu->root[root])

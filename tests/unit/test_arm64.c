@@ -499,6 +499,32 @@ START_TEST(test_table_of_frames)
 }
 END_TEST
 
+/* A flush is for all vCPUs, whichever makes it: here one whose translation is off. */
+START_TEST(test_broadcast)
+{
+	struct kage_stats st = {.size = sizeof(st)};
+	uint64_t window = GVA + 0x1000;
+	struct kage_vcpu *other;
+
+	start();
+	other = cpu_with(0xfff, 52);
+	leaf(0x2000000 | PAGE);
+	guest_w64(&g, last + 8, last | PAGE);
+	guest_w64(&g, 0x2009000, 9);
+	for (unsigned i = 0; i < 8; i++)
+		cpu_store(g.cpu, window, (0x2000000 + i * 0x1000) | PAGE);
+	ck_assert_int_eq(kage_stats_get(g.engine, g.vm, &st), KAGE_OK);
+	ck_assert_uint_gt(st.shadow_unsync, 0);
+	cpu_load(g.cpu, GVA);
+	cpu_store(g.cpu, window, 0x2009000 | PAGE);
+	ck_assert_int_eq(kage_vcpu_flush(other, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_PAGE_ASID, .gva = GVA, .asid = 3)),
+			 KAGE_OK);
+	ck_assert_uint_eq(cpu_load(g.cpu, GVA), 9);
+	kage_vcpu_destroy(other);
+	stop();
+}
+END_TEST
+
 int main(void)
 {
 	Suite *s = suite_create("arm64");
@@ -518,6 +544,7 @@ int main(void)
 	tcase_add_test(all, test_large_addresses);
 	tcase_add_test(all, test_config);
 	tcase_add_test(all, test_table_of_frames);
+	tcase_add_test(all, test_broadcast);
 	suite_add_tcase(s, all);
 	r = srunner_create(s);
 	srunner_run_all(r, CK_NORMAL);
