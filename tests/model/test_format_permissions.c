@@ -364,6 +364,6 @@ int main(void)
 		{ "x86-32bit", x86_case, false },
 	};
 
-	stride = env_number("KAGE_STRIDE", 1);
+	stride = env_number("KAGE_STRIDE", env_number("KAGE_SHORT", 0) ? 31 : 1);
 	return fg_run_cases("format permissions", cases, sizeof(cases) / sizeof(cases[0]));
 }

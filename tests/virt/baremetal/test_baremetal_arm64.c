@@ -3,8 +3,9 @@
  * The arm64 reference walker (tests/model) against a CPU that somebody else
  * wrote: QEMU's TCG boots the bare-metal guest beside this file, which tries
  * each case of arm64_cases.h; each report must be what the reference says.
- * Once for a CPU that has all of it (max) and once for one that has little
- * (cortex-a57: no PAN, no HAFDBS, no HPDS, no LPA2).
+ * Once for a CPU that has all of it (max), once for one that has some
+ * (cortex-a76: PAN, HPDS, HAFDBS, no 52-bit addresses) and once for one that
+ * has little (cortex-a57: none of these).
  *
  * Not compared, because TCG does something else than the manual's pseudocode:
  *  - a fetch from a page that is writable but clean (DBM and HD): the manual
@@ -210,7 +211,8 @@ int main(int argc, char **argv)
 		printf("skipped: no image %s\n", argv[2]);
 		return SKIPPED;
 	}
-	if (run_on(argv[1], argv[2], "max") || run_on(argv[1], argv[2], "cortex-a57"))
+	if (run_on(argv[1], argv[2], "max") || run_on(argv[1], argv[2], "cortex-a76") ||
+	    run_on(argv[1], argv[2], "cortex-a57"))
 		return EXIT_FAILURE;
 	return EXIT_SUCCESS;
 }
