@@ -2,7 +2,7 @@
 /*
  * Finding out what there is.
  *
- * Each feature is tried on four pages of a memfd, mapped MAP_PRIVATE as guests'
+ * Each feature is tried on four pages (the host's) of a memfd, mapped MAP_PRIVATE as guests'
  * shared frames are: page 0 is never touched, page 1 is written through the
  * mapping, page 2 is in the file and read, page 3 is only a source and target for
  * system calls.
@@ -23,6 +23,7 @@
 
 #include "compat.h"
 #include "features.h"
+#include "frame/pool.h"
 #include "scan.h"
 #include "uffd.h"
 
@@ -56,6 +57,7 @@ static const char no_vm[] = "there is no KVM VM";
 static const char no_log[] = "KVM has no memory slots with a dirty log";
 static const char no_ring[] = "KVM has no dirty rings, or smaller ones than dirty_ring_bytes says";
 static const char no_ring_wanted[] = "not needed: dirty_ring_bytes is 0";
+static const char large_pages[] = "KVM logs pages of the host, and those are larger than 4 KiB";
 static const char no_readonly[] = "KVM has no read-only slots";
 static const char no_memory_fault[] = "the kernel is too old: KVM_EXIT_MEMORY_FAULT came with Linux 6.8";
 
@@ -112,19 +114,19 @@ static void close_fd(int *fd)
 
 static char *page_of(const struct scratch *s, unsigned n)
 {
-	return s->map + n * PAGE_SIZE;
+	return s->map + n * host_page_size();
 }
 
 static int scratch_init(struct scratch *s)
 {
-	size_t len = SCRATCH_PAGES * PAGE_SIZE;
+	size_t len = SCRATCH_PAGES * host_page_size();
 	int err;
 
 	s->fd = memfd_create("kage-probe", MFD_CLOEXEC);
 	if (s->fd < 0)
 		return -errno;
 	s->map = MAP_FAILED;
-	if (ftruncate(s->fd, (off_t)len) == 0 && pwrite(s->fd, "", 1, 2 * (off_t)PAGE_SIZE) == 1)
+	if (ftruncate(s->fd, (off_t)len) == 0 && pwrite(s->fd, "", 1, 2 * (off_t)host_page_size()) == 1)
 		s->map = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE, s->fd, 0);
 	if (s->map == MAP_FAILED) {
 		err = -errno;
@@ -138,7 +140,7 @@ static int scratch_init(struct scratch *s)
 
 static void scratch_finish(struct scratch *s)
 {
-	munmap(s->map, SCRATCH_PAGES * PAGE_SIZE);
+	munmap(s->map, SCRATCH_PAGES * host_page_size());
 	close(s->fd);
 }
 
@@ -163,9 +165,9 @@ static int scan_works(const struct features *f, const struct scratch *s)
 	struct seen private = {0}, present = {0};
 	int err;
 
-	err = scan_private(f, s->map, SCRATCH_PAGES * PAGE_SIZE, see_run, &private);
+	err = scan_private(f, s->map, SCRATCH_PAGES * host_page_size(), see_run, &private);
 	if (!err)
-		err = scan_present(f, s->map, SCRATCH_PAGES * PAGE_SIZE, see_run, &present);
+		err = scan_present(f, s->map, SCRATCH_PAGES * host_page_size(), see_run, &present);
 	if (err)
 		return err;
 	return private.runs == 1 && private.from == page_of(s, 1) && private.to == page_of(s, 2) &&
@@ -176,13 +178,13 @@ static int scan_works(const struct features *f, const struct scratch *s)
 
 static void probe_zero_frame(struct features *f)
 {
-	char *page = mmap(NULL, PAGE_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *page = mmap(NULL, host_page_size(), PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (page == MAP_FAILED)
 		return;
 	(void)READ_ONCE(*page);
 	f->zero_frame = scan_frame(f, page);
-	munmap(page, PAGE_SIZE);
+	munmap(page, host_page_size());
 }
 
 static void probe_pagemap(struct features *f, const struct kage_kvm_config *config, const struct scratch *s)
@@ -271,24 +273,24 @@ static int probe_uffd(struct features *f, const struct kage_kvm_config *config)
 /* Does the kernel refuse to write to, or to read the page? */
 static bool write_traps(const struct scratch *s, char *page)
 {
-	return pread(s->fd, page, 8, 3 * (off_t)PAGE_SIZE) < 0 && errno == EFAULT;
+	return pread(s->fd, page, 8, 3 * (off_t)host_page_size()) < 0 && errno == EFAULT;
 }
 
 static bool read_traps(const struct scratch *s, const char *page)
 {
-	return pwrite(s->fd, page, 8, 3 * (off_t)PAGE_SIZE) < 0 && errno == EFAULT;
+	return pwrite(s->fd, page, 8, 3 * (off_t)host_page_size()) < 0 && errno == EFAULT;
 }
 
 static bool wp_works(struct features *f, const struct uffd *u, const struct scratch *s)
 {
-	if (uffd_register(u, s->map, 2 * PAGE_SIZE, UFFDIO_REGISTER_MODE_WP) ||
-	    uffd_protect(u, s->map, 2 * PAGE_SIZE))
+	if (uffd_register(u, s->map, 2 * host_page_size(), UFFDIO_REGISTER_MODE_WP) ||
+	    uffd_protect(u, s->map, 2 * host_page_size()))
 		return false;
 	if (feature_used(f, KAGE_KVM_PAGEMAP))
 		f->marker_frame = scan_frame(f, page_of(s, 0));
 	return write_traps(s, page_of(s, 0)) && write_traps(s, page_of(s, 1)) &&
-	       !read_traps(s, page_of(s, 1)) && !uffd_unprotect(u, s->map, 2 * PAGE_SIZE) &&
-	       !write_traps(s, page_of(s, 1)) && !uffd_unregister(u, s->map, 2 * PAGE_SIZE);
+	       !read_traps(s, page_of(s, 1)) && !uffd_unprotect(u, s->map, 2 * host_page_size()) &&
+	       !write_traps(s, page_of(s, 1)) && !uffd_unregister(u, s->map, 2 * host_page_size());
 }
 
 /* Page 2 is in the file, so a fault on it is minor. */
@@ -296,21 +298,21 @@ static bool minor_works(const struct uffd *u, const struct scratch *s)
 {
 	char *page = page_of(s, 2);
 
-	return !madvise(page, PAGE_SIZE, MADV_DONTNEED) &&
-	       !uffd_register(u, page, PAGE_SIZE, UFFDIO_REGISTER_MODE_MINOR) && read_traps(s, page) &&
-	       write_traps(s, page) && uffd_continue(u, page, PAGE_SIZE, false) == (int64_t)PAGE_SIZE &&
-	       !read_traps(s, page) && !uffd_unregister(u, page, PAGE_SIZE);
+	return !madvise(page, host_page_size(), MADV_DONTNEED) &&
+	       !uffd_register(u, page, host_page_size(), UFFDIO_REGISTER_MODE_MINOR) && read_traps(s, page) &&
+	       write_traps(s, page) && uffd_continue(u, page, host_page_size(), false) == (int64_t)host_page_size() &&
+	       !read_traps(s, page) && !uffd_unregister(u, page, host_page_size());
 }
 
 static bool continue_wp_works(const struct uffd *u, const struct scratch *s)
 {
 	char *page = page_of(s, 2);
 
-	return !madvise(page, PAGE_SIZE, MADV_DONTNEED) &&
-	       !uffd_register(u, page, PAGE_SIZE, UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_WP) &&
-	       uffd_continue(u, page, PAGE_SIZE, true) == (int64_t)PAGE_SIZE && !read_traps(s, page) &&
-	       write_traps(s, page) && !uffd_unprotect(u, page, PAGE_SIZE) && !write_traps(s, page) &&
-	       !uffd_unregister(u, page, PAGE_SIZE);
+	return !madvise(page, host_page_size(), MADV_DONTNEED) &&
+	       !uffd_register(u, page, host_page_size(), UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_WP) &&
+	       uffd_continue(u, page, host_page_size(), true) == (int64_t)host_page_size() && !read_traps(s, page) &&
+	       write_traps(s, page) && !uffd_unprotect(u, page, host_page_size()) && !write_traps(s, page) &&
+	       !uffd_unregister(u, page, host_page_size());
 }
 
 static void probe_traps(struct features *f, const struct uffd *u, const struct scratch *s)
@@ -397,8 +399,13 @@ static void probe_kvm(struct features *f, const struct kage_kvm_config *config, 
 	}
 	f->slots = (uint32_t)extension(vmfd, KVM_CAP_NR_MEMSLOTS);
 	f->dirty_manual = (uint32_t)extension(vmfd, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
-	probe_one(f, KAGE_KVM_DIRTY_LOG, extension(vmfd, KVM_CAP_USER_MEMORY) > 0, no_log);
-	probe_ring(f, config, vmfd);
+	if (host_page_size() == PAGE_SIZE) {
+		probe_one(f, KAGE_KVM_DIRTY_LOG, extension(vmfd, KVM_CAP_USER_MEMORY) > 0, no_log);
+		probe_ring(f, config, vmfd);
+	} else {
+		set_missing(f, KAGE_KVM_DIRTY_LOG, EOPNOTSUPP, large_pages);
+		set_missing(f, KAGE_KVM_DIRTY_RING, EOPNOTSUPP, large_pages);
+	}
 	probe_one(f, KAGE_KVM_READONLY_SLOT, extension(vmfd, KVM_CAP_READONLY_MEM) > 0, no_readonly);
 	probe_one(f, KAGE_KVM_MEMORY_FAULT, extension(vmfd, KVM_CAP_MEMORY_FAULT_INFO) > 0, no_memory_fault);
 }

@@ -141,6 +141,8 @@ static gfn_t audit_entry(struct kage_kvm *k, struct audit *a, const struct regio
 	uint64_t span = mm_block_mixed(k->mm, gfn, &l) ? 1 : level_pages(MIN(l.level, 1u));
 	gfn_t next = GFN(MIN(ALIGN_DOWN(gfn.v, span) + span, region_end(reg).v));
 
+	CHECK(!run || (run->gfn.v | run->npages | (run->kind == RUN_ZERO ? 0 : run->pfn.v)) % k->mirror.granule == 0,
+	      "mm %lu gfn %#lx: a mapping of less than a granule", (long)k->mm->id, (long)gfn.v);
 	CHECK(run && window_find(k, gfn), "mm %lu gfn %#lx: in no window", (long)k->mm->id, (long)gfn.v);
 	if (!run)
 		return gfn_add(gfn, 1);

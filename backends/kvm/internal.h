@@ -100,6 +100,8 @@ struct kage_kvm {
 	bool wp;       /* writes are blocked through userfaultfd; else through pause() */
 	bool unblockable; /* some region's file is none of a kind that userfaultfd knows: through pause() */
 	bool detaching; /* nobody writes: nothing has to be blocked */
+	bool attaching; /* granules whose pages do not lie side by side are copied into the window */
+	bool gathered;	/* some have been */
 
 	struct lock slots_lock; /* slots, rings: KVM's calls wait for vCPUs, and those for who holds `lock` */
 	struct lock lock;	/* all below */
@@ -155,6 +157,17 @@ int mirror_track(struct mirror *m);
 int mirror_map(struct kage_kvm *k, const struct run *want);
 void ballast_fill(struct kage_kvm *k);
 void ballast_drop(struct kage_kvm *k);
+
+/* V6 */
+static inline gfn_t granule_down(const struct kage_kvm *k, gfn_t gfn)
+{
+	return GFN(ALIGN_DOWN(gfn.v, (uint64_t)k->mirror.granule));
+}
+
+static inline gfn_t granule_up(const struct kage_kvm *k, gfn_t gfn)
+{
+	return GFN(ALIGN_UP(gfn.v, (uint64_t)k->mirror.granule));
+}
 
 /* -- window.c --------------------------------------------------------------- */
 

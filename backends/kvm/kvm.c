@@ -145,6 +145,26 @@ static int homes_fill(struct kage_kvm *k)
 	return r;
 }
 
+/*
+ * Granules whose pages lay here and there have been copied into their windows (mirror_sync()): that is where adoption
+ * takes them home from, as it does with what the kernel made private. Nobody writes yet.
+ */
+static int gathered_adopt(struct kage_kvm *k)
+{
+	bool blocks = k->mirror.blocks;
+	int r;
+
+	k->detaching = k->mirror.blocks = true;
+	r = mm_adopt_diverged(k->mm, GFN(0), GFN((uint64_t)1 << GFN_BITS));
+	k->detaching = false;
+	k->mirror.blocks = blocks;
+	if (r == 0)
+		return 0;
+	k->mm->mirror = NULL;
+	notify_unregister(&k->notifier);
+	return r;
+}
+
 /* The guest's memory appears in windows and slots. Its family and range are held for writing. */
 static int attach_held(struct kage_kvm *k)
 {
@@ -167,7 +187,9 @@ static int attach_held(struct kage_kvm *k)
 	r = window_prepare(&k->mirror, mm->regions);
 	if (r == 0) {
 		lock_take(&k->lock);
+		k->attaching = true;
 		r = window_show_all(k);
+		k->attaching = false;
 		lock_drop(&k->lock);
 		if (r)
 			window_cancel(&k->mirror);
@@ -182,7 +204,7 @@ static int attach_held(struct kage_kvm *k)
 		return r;
 	window_commit(&k->mirror, mm->regions);
 	mm->mirror = &k->mirror;
-	return 0;
+	return k->gathered ? gathered_adopt(k) : 0;
 }
 
 static void kvm_free(struct kage_kvm *k)
@@ -209,7 +231,8 @@ static int kvm_config(struct kage_kvm_config *c, const struct kage_kvm_config *c
 	if (r)
 		return r;
 	config_copy(c, config, sizeof(*c));
-	if (c->flags & ~flags || c->policy > KAGE_KVM_EXACT || c->reserved || c->feature_mask >> KAGE_KVM_FEATURES ||
+	if (c->flags & ~flags || c->policy > KAGE_KVM_EXACT || c->granule & (c->granule - 1) ||
+	    c->granule > MIRROR_GRANULE_MAX << PAGE_SHIFT || c->feature_mask >> KAGE_KVM_FEATURES ||
 	    !c->pause != !c->resume)
 		return -EINVAL;
 	return 0;
@@ -234,12 +257,13 @@ static int kvm_new(struct kage_vm *vm, int vmfd, const struct kage_kvm_config *c
 	k->config = c;
 	k->mirror.ops = &kvm_mirror_ops;
 	k->mirror.mm = k->mm;
+	k->mirror.granule = (unsigned)(MAX((uint64_t)c.granule, host_page_size()) >> PAGE_SHIFT);
 	k->uffd.fd = k->kick = -1;
 	lock_init(&k->slots_lock, RANK_SLOTS, k->mm->id);
 	lock_init(&k->lock, RANK_SHADOW, k->mm->id);
 	lock_init(&k->pause_lock, RANK_NONE, 0);
 	runs_init(&k->runs, k->pool);
-	r = arch_guest_ok(vmfd);
+	r = k->mirror.granule > MIRROR_GRANULE_MAX ? -EOPNOTSUPP : arch_guest_ok(vmfd);
 	if (r == 0)
 		r = features_probe(&k->features, k->env, &k->config, vmfd);
 	if (r) {

@@ -25,6 +25,7 @@
 #include <sched.h>
 #include <sys/mman.h>
 
+#include "base/guest.h"
 #include "helper.h"
 #include "internal.h"
 #include "scan.h"
@@ -33,14 +34,14 @@
 
 static int ballast_map(struct kage_kvm *k)
 {
-	char *at = mmap(NULL, BALLAST_PAGES * PAGE_SIZE, PROT_NONE,
+	char *at = mmap(NULL, BALLAST_PAGES * host_page_size(), PROT_NONE,
 			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
 	if (at == MAP_FAILED)
 		return -errno;
 	for (unsigned i = 1; i < BALLAST_PAGES; i += 2) {
-		if (mprotect(at + i * PAGE_SIZE, PAGE_SIZE, PROT_READ) != 0) {
-			munmap(at, BALLAST_PAGES * PAGE_SIZE);
+		if (mprotect(at + i * host_page_size(), host_page_size(), PROT_READ) != 0) {
+			munmap(at, BALLAST_PAGES * host_page_size());
 			return -ENOMEM;
 		}
 	}
@@ -51,7 +52,7 @@ static int ballast_map(struct kage_kvm *k)
 void ballast_drop(struct kage_kvm *k)
 {
 	if (k->ballast)
-		munmap(k->ballast, BALLAST_PAGES * PAGE_SIZE);
+		munmap(k->ballast, BALLAST_PAGES * host_page_size());
 	k->ballast = NULL;
 }
 
@@ -259,6 +260,53 @@ static bool page_want(const struct kage_kvm *k, gfn_t gfn, struct run *w)
 	return reg != NULL;
 }
 
+/* V6. How the granules from gfn on ought to be mapped; -EXDEV: the pages of the first are not to be had side by side. */
+static int granules_want(const struct kage_kvm *k, gfn_t gfn, struct run *w)
+{
+	unsigned n = k->mirror.granule;
+	int r = 0;
+
+	if (n == 1 || (w->npages >= n && (w->kind == RUN_ZERO || w->pfn.v % n == 0) && w->kind != RUN_KEEP)) {
+		w->npages = ALIGN_DOWN(w->npages, (uint64_t)n);
+		return 0;
+	}
+	for (unsigned i = 1; i < n && w->kind != RUN_KEEP; i++) {
+		struct run next;
+
+		if (!page_want(k, gfn_add(gfn, i), &next) || next.kind == RUN_KEEP)
+			w->kind = RUN_KEEP;
+		else if (next.kind != w->kind || (w->kind != RUN_ZERO && next.pfn.v != w->pfn.v + i))
+			r = -EXDEV;
+	}
+	if (w->kind != RUN_ZERO && w->kind != RUN_KEEP && w->pfn.v % n)
+		r = -EXDEV;
+	w->npages = n;
+	return w->kind == RUN_KEEP ? 0 : r;
+}
+
+/* While a guest attaches, and nobody writes: a granule as anonymous memory, filled before anything traps there. */
+static int map_gathered(struct kage_kvm *k, gfn_t gfn)
+{
+	struct run one = { .gfn = gfn, .npages = k->mirror.granule, .kind = RUN_ZERO, .hva = kvm_hva(k, gfn) }, page;
+	size_t len = one.npages << PAGE_SHIFT;
+	char *at = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (at == MAP_FAILED)
+		return -ENOMEM;
+	for (unsigned i = 0; i < one.npages; i++)
+		if (page_want(k, gfn_add(gfn, i), &page) && page.kind != RUN_ZERO && page.kind != RUN_KEEP)
+			guest_copy(at + (i << PAGE_SHIFT), pfn_hva(k->pool, page.pfn), PAGE_SIZE);
+	madvise(at, len, MADV_DONTFORK);
+	madvise(at, len, MADV_DONTDUMP);
+	if (mremap(at, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, one.hva) == MAP_FAILED) {
+		munmap(at, len);
+		return -ENOMEM;
+	}
+	runs_set(&k->runs, &one);
+	k->gathered = true;
+	return mirror_register(k, &one);
+}
+
 static int piece_flush(struct kage_kvm *k, struct run *piece, int64_t *pages)
 {
 	int r;
@@ -288,11 +336,19 @@ int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end)
 			start = gfn_add(start, 1);
 			continue;
 		}
+		r = granules_want(k, start, &want);
 		want.npages = MIN(MIN(want.npages, end.v - start.v), w->gfn.v + w->npages - start.v);
 		want.hva = window_hva(w, start);
 		if (cur)
 			want.npages = MIN(want.npages, run_end(cur).v - start.v);
 		start = run_end(&want);
+		if (r == -EXDEV && k->attaching) {
+			r = piece_flush(k, &piece, &pages);
+			r = r ? r : map_gathered(k, want.gfn);
+			continue;
+		}
+		if (r)
+			break;
 		if (want.kind == RUN_KEEP ||
 		    (cur && cur->kind == want.kind && pfn_eq(run_pfn(cur, want.gfn), want.pfn)))
 			continue;
@@ -534,7 +590,7 @@ static int ballast_ready(struct kage_kvm *k)
 static int mirror_start(struct kage_notifier *n, const struct kage_range *range)
 {
 	struct kage_kvm *k = container_of(n, struct kage_kvm, notifier);
-	gfn_t start = gpa_gfn(GPA(range->start)), end = gpa_gfn(GPA(range->end));
+	gfn_t start = granule_down(k, gpa_gfn(GPA(range->start))), end = granule_up(k, gpa_gfn(GPA(range->end)));
 	bool same = range->flags & KAGE_RANGE_SAME_CONTENT && range_replaces(k, range), paused = false;
 	struct blocked *b;
 	int r = 0;
@@ -613,7 +669,7 @@ static bool mirror_slipped(struct mirror *m, gfn_t start, gfn_t end)
 static void mirror_end(struct kage_notifier *n, const struct kage_range *range)
 {
 	struct kage_kvm *k = container_of(n, struct kage_kvm, notifier);
-	gfn_t start = gpa_gfn(GPA(range->start)), end = gpa_gfn(GPA(range->end));
+	gfn_t start = granule_down(k, gpa_gfn(GPA(range->start))), end = granule_up(k, gpa_gfn(GPA(range->end)));
 	bool paused;
 	struct blocked *b = NULL;
 	int64_t pages;

@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "compat.h"
+#include "frame/pool.h"
 #include "scan.h"
 
 #define ENTRY_FRAME   (((uint64_t)1 << 55) - 1)
@@ -78,16 +79,17 @@ static int scan_entries(const struct features *f, char *at, char *end, entry_tes
 	uint64_t entry[ENTRIES];
 
 	while (at < end) {
-		size_t want = MIN((size_t)(end - at) >> PAGE_SHIFT, (size_t)ENTRIES);
+		const size_t page = host_page_size(); /* an entry each */
+		size_t want = MIN((size_t)(end - at) / page, (size_t)ENTRIES);
 		ssize_t n = pread(f->pagemap, entry, want * sizeof(entry[0]),
-				  (off_t)((uintptr_t)at >> PAGE_SHIFT) * (off_t)sizeof(entry[0]));
+				  (off_t)((uintptr_t)at / page) * (off_t)sizeof(entry[0]));
 
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < (ssize_t)sizeof(entry[0]))
 			return n < 0 ? -errno : -EFAULT; /* beyond the address space */
-		for (size_t i = 0; i < (size_t)n / sizeof(entry[0]); i++, at += PAGE_SIZE) {
-			int err = test(f, entry[i]) ? runs_add(r, at, at + PAGE_SIZE) : 0;
+		for (size_t i = 0; i < (size_t)n / sizeof(entry[0]); i++, at += page) {
+			int err = test(f, entry[i]) ? runs_add(r, at, at + page) : 0;
 
 			if (err)
 				return err;
@@ -144,7 +146,7 @@ uint64_t scan_frame(const struct features *f, const void *page)
 	uint64_t entry = 0;
 
 	if (pread(f->pagemap, &entry, sizeof(entry),
-		  (off_t)((uintptr_t)page >> PAGE_SHIFT) * (off_t)sizeof(entry)) != sizeof(entry))
+		  (off_t)((uintptr_t)page / host_page_size()) * (off_t)sizeof(entry)) != sizeof(entry))
 		return 0;
 	return entry & ENTRY_FRAME;
 }
@@ -155,7 +157,7 @@ static int scan(const struct features *f, void *start, size_t len, const struct 
 	char *end = (char *)start + len;
 	int err;
 
-	kage_assert((uintptr_t)start % PAGE_SIZE == 0 && len % PAGE_SIZE == 0);
+	kage_assert((uintptr_t)start % host_page_size() == 0 && len % host_page_size() == 0);
 	if (feature_used(f, KAGE_KVM_PAGEMAP_SCAN))
 		err = scan_ioctl(f, start, end, *arg, test, r);
 	else if (feature_used(f, KAGE_KVM_PAGEMAP))
@@ -301,5 +303,5 @@ int64_t scan_anon_rss(const struct features *f)
 	if (!text_number(&t, 10, ' ', &size) || !text_number(&t, 10, ' ', &resident) ||
 	    !text_number(&t, 10, ' ', &shared))
 		return t.err ? t.err : -EINVAL;
-	return resident > shared ? (int64_t)((resident - shared) << PAGE_SHIFT) : 0;
+	return resident > shared ? (int64_t)((resident - shared) * host_page_size()) : 0;
 }

@@ -33,9 +33,9 @@ static int trap_wake(struct kage_kvm *k, gfn_t gfn)
 	char *at;
 
 	lock_take(&k->lock);
-	at = kvm_hva(k, gfn);
+	at = kvm_hva(k, granule_down(k, gfn));
 	if (at)
-		uffd_wake(&k->uffd, at, PAGE_SIZE);
+		uffd_wake(&k->uffd, at, k->mirror.granule << PAGE_SHIFT);
 	lock_drop(&k->lock);
 	return 1;
 }
@@ -51,17 +51,22 @@ static int read_private(struct kage_kvm *k, const struct run *run, gfn_t gfn)
 {
 	gfn_t from = GFN(MAX(run->gfn.v, ALIGN_DOWN(gfn.v, AROUND)));
 	gfn_t to = GFN(MIN(run_end(run).v, ALIGN_DOWN(gfn.v, AROUND) + AROUND));
-	int64_t n = uffd_continue(&k->uffd, kvm_hva(k, gfn), PAGE_SIZE, true);
+	size_t granule = (size_t)k->mirror.granule << PAGE_SHIFT;
+	int64_t n;
 
-	if (n == -EFAULT) {
-		populate(k, run_pfn(run, gfn));
-		n = uffd_continue(&k->uffd, kvm_hva(k, gfn), PAGE_SIZE, true);
+	gfn = granule_down(k, gfn);
+	n = uffd_continue(&k->uffd, kvm_hva(k, gfn), granule, true);
+	if (n == -EFAULT || (n >= 0 && n < (int64_t)granule)) {
+		for (unsigned i = 0; i < k->mirror.granule; i++)
+			populate(k, run_pfn(run, gfn_add(gfn, i)));
+		n = uffd_continue(&k->uffd, kvm_hva(k, gfn), granule, true);
 	}
 	if (n < 0)
 		return (int)n;
 	/* The neighbourhood, up to its first hole; nothing depends on it. */
-	if (gfn.v + 1 < to.v)
-		uffd_continue(&k->uffd, kvm_hva(k, gfn_add(gfn, 1)), (to.v - gfn.v - 1) << PAGE_SHIFT, true);
+	if (gfn.v + k->mirror.granule < to.v)
+		uffd_continue(&k->uffd, kvm_hva(k, gfn_add(gfn, k->mirror.granule)),
+			      (to.v - gfn.v - k->mirror.granule) << PAGE_SHIFT, true);
 	if (from.v < gfn.v)
 		uffd_continue(&k->uffd, kvm_hva(k, from), (gfn.v - from.v) << PAGE_SHIFT, true);
 	return KAGE_OK;
@@ -214,7 +219,8 @@ int trap_message(struct kage_kvm *k, struct notify_reader *reader, const struct 
 	block = ours && !trapping(k, gfn);
 	lock_drop(&k->lock);
 	if (!ours) { /* unmapped since: it comes again, and fails as it ought to */
-		uffd_wake(&k->uffd, (void *)ALIGN_DOWN((uintptr_t)msg->arg.pagefault.address, PAGE_SIZE), PAGE_SIZE);
+		uffd_wake(&k->uffd, (void *)ALIGN_DOWN((uintptr_t)msg->arg.pagefault.address, host_page_size()),
+			  host_page_size());
 		return 0;
 	}
 	/* A write that some change blocks is woken by that change's end. */

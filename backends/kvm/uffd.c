@@ -15,6 +15,7 @@
  */
 #include <unistd.h>
 
+#include "frame/pool.h"
 #include "uffd.h"
 
 #define FEATURES_WP ((uint64_t)(UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM))
@@ -175,8 +176,8 @@ static int64_t fill_range(struct fill fill, char *addr, size_t len)
 		int64_t n = fill.call(&fill, addr + done, len - done);
 
 		if (n == -EEXIST && fill.step_over) {
-			uffd_wake(fill.u, addr + done, PAGE_SIZE);
-			n = PAGE_SIZE;
+			n = (int64_t)host_page_size();
+			uffd_wake(fill.u, addr + done, (size_t)n);
 		}
 		if (n < 0)
 			return done ? (int64_t)done : n;

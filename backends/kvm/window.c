@@ -84,7 +84,9 @@ bool window_whole(const struct kage_kvm *k, gfn_t first, gfn_t last)
 /* Address space whose large pages line up with the guest's. */
 static int window_reserve(struct kage_kvm *k, struct window *w)
 {
-	uint64_t align = w->npages >= GIANT_PAGES ? GIANT_PAGES : w->npages >= BLOCK_PAGES ? BLOCK_PAGES : 1;
+	uint64_t align = w->npages >= GIANT_PAGES ? GIANT_PAGES :
+			 w->npages >= BLOCK_PAGES ? BLOCK_PAGES :
+						    k->mirror.granule;
 	struct reservation *res = env_alloc(k->env, sizeof(*res));
 
 	if (!res)
@@ -341,8 +343,19 @@ static bool file_in_memory(int fd)
 /* Trapped memory needs somebody who can be told, and a way to put a page in place. */
 static int region_possible(struct kage_kvm *k, const struct region *r)
 {
+	uint64_t offset;
 	bool traps = k->uffd.fd >= 0 && !k->abandoned;
+	const struct extent *e = r->kind == KAGE_REGION_ANON ? NULL : atomic_load(&((struct region *)r)->extent);
+	uint64_t odd = r->start.v | r->npages | (e ? extent_pfn(e, r->start).v : 0);
+	int fd;
 
+	if (e && pool_file(k->pool, extent_pfn(e, r->start), &fd, &offset) == 0)
+		odd |= offset >> PAGE_SHIFT;
+	if (odd % k->mirror.granule) {
+		env_log(k->env, KAGE_LOG_ERROR, "a region that does not begin and end on pieces of %u bytes",
+			(unsigned)(k->mirror.granule << PAGE_SHIFT));
+		return -EINVAL;
+	}
 	if (r->flags & KAGE_REGION_TRAP && !(traps && k->mirror.blocks)) {
 		env_log(k->env, KAGE_LOG_ERROR, "a region that traps needs userfaultfd, and write protection or pause()");
 		return -EOPNOTSUPP;

@@ -34,6 +34,13 @@
 
 #define PAGEMAP_HELD (3ull << 62) /* present or swapped; Documentation/admin-guide/mm/pagemap.rst */
 
+uint64_t host_page_size(void)
+{
+	long size = sysconf(_SC_PAGESIZE);
+
+	return size > (long)PAGE_SIZE ? (uint64_t)size : PAGE_SIZE;
+}
+
 /* NOHUGEPAGE fails where the kernel has no huge pages: as good. */
 static int host_quiet(void *addr, size_t len)
 {

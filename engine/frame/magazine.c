@@ -164,6 +164,18 @@ int arena_alloc(struct pool *pool, uint32_t domain, unsigned order, enum frame_k
 	return 0;
 }
 
+void arena_split(struct pool *pool, pfn_t pfn)
+{
+	struct frame *f = pfn_frame(pool, pfn);
+	uint64_t n = (uint64_t)1 << frame_order(f);
+	enum frame_kind kind = frame_kind(f);
+
+	for (uint64_t i = 0; i < n; i++) {
+		WRITE_ONCE(f[i].refs, 1);
+		WRITE_ONCE(f[i].bits, (uint32_t)kind << FRAME_KIND_SHIFT);
+	}
+}
+
 static bool any_poison(struct pool *pool, pfn_t pfn, unsigned order)
 {
 	for (uint64_t i = 0; i < (uint64_t)1 << order; i++)

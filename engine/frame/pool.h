@@ -172,6 +172,8 @@ void pool_populated(struct pool *pool, pfn_t pfn, unsigned npages, uint64_t map[
  */
 int pool_file(const struct pool *pool, pfn_t pfn, int *fd, uint64_t *offset);
 bool pool_has_files(const struct pool *pool);
+/* What the host maps, protects and frees at the least; not less than a frame. */
+uint64_t host_page_size(void);
 /* The extent a frame lies in; NULL: the arena, or the zero frame. */
 struct extent *pool_extent(const struct pool *pool, pfn_t pfn);
 
@@ -188,6 +190,8 @@ enum arena_flags {
  * table lock excludes: callers still do it before they lock (prepare).
  */
 int arena_alloc(struct pool *pool, uint32_t domain, unsigned order, enum frame_kind kind, unsigned flags, pfn_t *out);
+/* Makes it 2^order allocations of one frame each. Nobody else has seen it. */
+void arena_split(struct pool *pool, pfn_t pfn);
 /* Gives back an allocation that nobody can have seen; no grace period. */
 void arena_free(struct pool *pool, pfn_t pfn);
 

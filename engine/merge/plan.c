@@ -166,6 +166,16 @@ static void plan_locks(struct plan *p)
 		SWAP(p->lock[0], p->lock[1]);
 }
 
+/* The host maps no single page of that guest (mm/mirror.h, V6): its frames stay as they are. */
+static bool any_coarse(const struct side *s)
+{
+	bool coarse = false;
+
+	for (unsigned i = 0; i < s->count; i++)
+		coarse |= mm_coarse(s->place[i].mm);
+	return coarse;
+}
+
 static int plan_prepare(struct change *c)
 {
 	struct plan *p = container_of(c, struct plan, c);
@@ -179,6 +189,8 @@ static int plan_prepare(struct change *c)
 		return r;
 	if (!p->from.count || (ordinary && !p->into.count))
 		return -EAGAIN;
+	if (any_coarse(&p->from) || any_coarse(&p->into))
+		return -EOPNOTSUPP;
 	if (ordinary) {
 		p->fresh = true;
 		p->stable = stable_alloc(h, p->domain, p->hash);

@@ -348,7 +348,7 @@ static int page_look(struct merge *m, struct merge_mm *g, struct populated *pop,
 	reg = mm_region(g->mm, gfn);
 	l = mm_lookup(g->mm, gfn);
 	mergeable = reg && reg->flags & KAGE_REGION_MERGEABLE;
-	if (!mergeable || (g->mm->mirror && !g->mm->mirror->blocks))
+	if (!mergeable || mm_coarse(g->mm) || (g->mm->mirror && !g->mm->mirror->blocks))
 		return SCAN_NOTHING;
 	if (g->mm->mirror && READ_ONCE(g->mm->mirror->scarce))
 		return SCAN_LATER;

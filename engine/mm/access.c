@@ -429,9 +429,12 @@ int mm_unpin(struct mm *mm, gfn_t gfn, uint64_t npages)
 
 int mm_each_pin(struct mm *mm, int (*fn)(struct mm *mm, gfn_t gfn, uint64_t npages, void *arg), void *arg)
 {
+	uint64_t granule = mm->mirror ? mm->mirror->granule : 1;
+
 	list_for_each(pos, &mm->pins) {
 		struct pin *p = container_of(pos, struct pin, node);
-		int r = fn(mm, p->gfn, p->npages, arg);
+		uint64_t start = ALIGN_DOWN(p->gfn.v, granule), end = ALIGN_UP(p->gfn.v + p->npages, granule);
+		int r = fn(mm, GFN(start), end - start, arg);
 
 		if (r)
 			return r;

@@ -197,14 +197,23 @@ bool layer_above(const struct layer *l, const struct mm *mm)
 	return false;
 }
 
-int layer_frame(struct mm *mm, gfn_t gfn, unsigned flags, pfn_t *out)
+int layer_frames(struct mm *mm, gfn_t gfn, unsigned order, unsigned flags, pfn_t *out)
 {
 	struct pool *pool = mm->host->pool;
-	int r = arena_alloc(pool, mm->domain, 0, FRAME_PRIVATE, flags, out);
+	int r = arena_alloc(pool, mm->domain, order, FRAME_PRIVATE, flags, out);
 
 	if (r)
 		return r;
 	layer_use(mm->layer);
-	atomic_store_explicit(&pfn_frame(pool, *out)->where, frame_where(mm->layer->id, gfn), memory_order_relaxed);
+	if (order)
+		arena_split(pool, *out);
+	for (uint64_t i = 0; i < (uint64_t)1 << order; i++)
+		atomic_store_explicit(&pfn_frame(pool, pfn_add(*out, i))->where,
+				      frame_where(mm->layer->id, gfn_add(gfn, i)), memory_order_relaxed);
 	return 0;
+}
+
+int layer_frame(struct mm *mm, gfn_t gfn, unsigned flags, pfn_t *out)
+{
+	return layer_frames(mm, gfn, 0, flags, out);
 }

@@ -49,6 +49,9 @@ static inline void layer_use(struct layer *l)
 /* A frame of the common arena for a page of the mm, private to it. `flags` and errors are those of arena_alloc(). */
 int layer_frame(struct mm *mm, gfn_t gfn, unsigned flags, pfn_t *out);
 
+/* The same of 2^order pages from gfn on: frames that lie side by side, aligned, each an allocation of its own. */
+int layer_frames(struct mm *mm, gfn_t gfn, unsigned order, unsigned flags, pfn_t *out);
+
 struct layer_table;
 int layer_table_init(struct host *h);
 void layer_table_finish(struct host *h);

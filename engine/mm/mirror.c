@@ -53,6 +53,17 @@ static inline void bit_set(uint64_t *map, unsigned i)
 				i |= 63;                   \
 		} else
 
+/* V6 */
+static void map_widen(const uint64_t map[MIRROR_WORDS], unsigned granule, uint64_t wide[MIRROR_WORDS])
+{
+	const uint64_t one = ((uint64_t)1 << granule) - 1;
+
+	memmove(wide, map, MIRROR_WORDS * sizeof(map[0]));
+	for (unsigned i = 0; granule > 1 && i < BLOCK_PAGES; i += granule)
+		if (map[i / 64] >> i % 64 & one)
+			wide[i / 64] |= one << i % 64;
+}
+
 /* First and one past the last bit that is set; some is. */
 static void bits_span(const uint64_t *map, unsigned *first, unsigned *end)
 {
@@ -207,10 +218,108 @@ static int adopt_target(struct adopt *a, unsigned i)
 	return r;
 }
 
+/* All of the granule is in frames that are the guest's alone and lie as V6 wants them. */
+static bool granule_stays(struct adopt *a, unsigned i, unsigned n)
+{
+	struct mm *mm = a->target.mm;
+	pfn_t first = entry_pfn(a->old[i]);
+
+	for (unsigned j = i; j < i + n; j++) {
+		entry_t e = a->old[j];
+		gfn_t gfn = gfn_add(a->base, j);
+
+		if (!entry_is_leaf(e) || e & ENTRY_SPECIAL || entry_pfn(e).v != first.v + (j - i) ||
+		    !frame_exclusive(mm->host, entry_pfn(e)) ||
+		    (a->gather && frame_moves(mm, mm_region(mm, gfn), gfn, entry_pfn(e))))
+			return false;
+	}
+	return first.v % n == 0;
+}
+
+static void targets_drop(struct adopt *a, unsigned from, unsigned to)
+{
+	struct mm *mm = a->target.mm;
+	struct table_locked w = table_lock(mm->family, 0, a->base);
+
+	for (unsigned i = from; i < to; i++)
+		if (!bit_test(a->own, i))
+			frame_drop(mm->host, a->to[i], &a->c.dead);
+	table_unlock(w);
+	for (unsigned i = from; i < to; i++)
+		a->own[i / 64] &= ~((uint64_t)1 << i % 64);
+}
+
+/* All of it to its home slots. False: one of them is taken. */
+static bool granule_home(struct adopt *a, unsigned i, unsigned n)
+{
+	struct mm *mm = a->target.mm;
+	const struct region *reg = mm_region(mm, gfn_add(a->base, i));
+
+	for (unsigned j = i; j < i + n; j++) {
+		entry_t e = a->old[j];
+		gfn_t gfn = gfn_add(a->base, j);
+
+		if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL) && reg->kind == KAGE_REGION_ANON && region_home(mm, reg) &&
+		    pfn_eq(entry_pfn(e), extent_pfn(region_home(mm, reg), gfn)) && frame_exclusive(mm->host, entry_pfn(e))) {
+			a->to[j] = entry_pfn(e);
+			bit_set(a->own, j);
+		} else if (!home_frame(mm, reg, gfn, &a->to[j])) {
+			targets_drop(a, i, j);
+			return false;
+		}
+	}
+	return true;
+}
+
+/* A pinned frame stays where it is, and so does all of its granule. */
+static bool granule_pinned(struct adopt *a, unsigned i, unsigned n)
+{
+	bool pinned = false;
+
+	for (unsigned j = i; j < i + n; j++)
+		pinned |= entry_is_leaf(a->old[j]) && !(a->old[j] & ENTRY_SPECIAL) &&
+			  frame_pins(pfn_frame(a->target.mm->host->pool, entry_pfn(a->old[j]))) != 0;
+	return pinned;
+}
+
+/* As adopt_target(), of a granule of several pages. */
+static int adopt_granule(struct adopt *a, unsigned i, unsigned n)
+{
+	struct mm *mm = a->target.mm;
+	const struct region *reg = mm_region(mm, gfn_add(a->base, i));
+	bool trap = false;
+	int r = 0;
+
+	if (granule_stays(a, i, n)) {
+		for (unsigned j = i; j < i + n; j++) {
+			a->to[j] = entry_pfn(a->old[j]);
+			bit_set(a->own, j);
+		}
+		return 0;
+	}
+	if (granule_pinned(a, i, n))
+		return -EBUSY;
+	for (unsigned j = i; j < i + n; j++)
+		trap |= reg->flags & KAGE_REGION_TRAP && entry_is_none(a->old[j]);
+	if (trap || !granule_home(a, i, n)) {
+		r = layer_frames(mm, gfn_add(a->base, i), (unsigned)__builtin_ctz(n), ARENA_ZERO, &a->to[i]);
+		for (unsigned j = i; r == 0 && j < i + n; j++)
+			a->to[j] = pfn_add(a->to[i], j - i);
+	}
+	if (r)
+		return r;
+	a->taken = i + n;
+	for (unsigned j = i; r == 0 && trap && reg->touch && j < i + n; j++)
+		if (entry_is_none(a->old[j]))
+			r = reg->touch(reg->opaque, gfn_gpa(gfn_add(a->base, j)).v, pfn_hva(mm->host->pool, a->to[j]));
+	return r > 0 && r != KAGE_WAIT ? -EIO : r;
+}
+
 static int adopt_prepare(struct change *c)
 {
 	struct adopt *a = container_of(c, struct adopt, c);
 	struct mm *mm = a->target.mm;
+	unsigned granule = mm->mirror->granule;
 	struct table_locked w;
 	int r = leaf_table(mm, a->base, &a->table);
 
@@ -221,7 +330,9 @@ static int adopt_prepare(struct change *c)
 		a->old[i] = entry_load(&a->table[i]);
 	table_unlock(w);
 	for_each_bit(i, a->map) {
-		r = adopt_target(a, i);
+		if (i % granule)
+			continue;
+		r = granule > 1 ? adopt_granule(a, i, granule) : adopt_target(a, i);
 		if (r)
 			return r;
 	}
@@ -436,18 +547,20 @@ static void adopt_done(struct adopt *a)
 static int adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], bool gather, struct notify_reader *self,
 		 const void *owner)
 {
+	uint64_t wide[MIRROR_WORDS];
 	struct adopt a = {
 		.c = { .ops = &adopt_ops, .targets = 1, .reason = KAGE_REASON_CLEAR,
 		       .flags = KAGE_RANGE_SAME_CONTENT | KAGE_RANGE_OPTIONAL, .owner = owner, .self = self,
 		       .adopts = true },
-		.target = { .mm = mm }, .base = base, .map = map, .gather = gather,
+		.target = { .mm = mm }, .base = base, .map = wide, .gather = gather,
 	};
 	unsigned first, end;
 	int r;
 
 	if (!mm->mirror->blocks)
 		return -EOPNOTSUPP;
-	bits_span(map, &first, &end);
+	map_widen(map, mm->mirror->granule, wide);
+	bits_span(wide, &first, &end);
 	a.target.notify.start = gfn_add(base, first);
 	a.target.notify.end = gfn_add(base, end);
 	a.c.target = &a.target;
@@ -690,10 +803,19 @@ static int broken_inspect(struct change *c)
 	struct broken *b = container_of(c, struct broken, c);
 	struct mirror *m = b->target.mm->mirror;
 	uint64_t now[MIRROR_WORDS];
+	const uint64_t one = ((uint64_t)1 << m->granule) - 1;
 
 	m->ops->diverged(m, b->base, BLOCK_PAGES, now);
 	for (unsigned w = 0; w < MIRROR_WORDS; w++)
 		b->map[w] &= now[w];
+	/* V6. The kernel's pages are granules, or (a granule that was asked for) less: then some of it shows frames still. */
+	for (unsigned i = 0; m->granule > 1 && i < BLOCK_PAGES; i += m->granule)
+		if ((now[i / 64] >> i % 64 & one) != one) {
+			b->left[i / 64] |= b->map[i / 64] & one << i % 64;
+			b->map[i / 64] &= ~(one << i % 64);
+		} else if (b->map[i / 64] & one << i % 64) {
+			b->map[i / 64] |= one << i % 64;
+		}
 	return 0;
 }
 
@@ -742,9 +864,9 @@ int mm_host_private(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS],
 	};
 	unsigned first, end;
 
-	memcpy(b.map, map, sizeof(b.map));
+	map_widen(map, mm->mirror->granule, b.map);
 	memset(left, 0, MIRROR_WORDS * sizeof(left[0]));
-	bits_span(map, &first, &end);
+	bits_span(b.map, &first, &end);
 	b.target.notify.start = gfn_add(base, first);
 	b.target.notify.end = gfn_add(base, end);
 	b.c.target = &b.target;
@@ -769,7 +891,7 @@ static uint64_t map_count(const uint64_t map[MIRROR_WORDS])
 
 static int reconcile_held(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct reconcile *rc)
 {
-	uint64_t left[MIRROR_WORDS];
+	uint64_t left[MIRROR_WORDS], all[MIRROR_WORDS];
 	int r;
 
 	if (rc->adopt)
@@ -777,12 +899,17 @@ static int reconcile_held(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_W
 	r = mm_host_private(mm, base, map, left);
 	if (r)
 		return r;
-	rc->left += map_count(map);
+	for (unsigned w = 0; w < MIRROR_WORDS; w++)
+		all[w] = map[w] | left[w];
+	rc->left += map_count(all);
 	if (!map_count(left) || !mm->mirror->blocks)
 		return 0;
 	r = mm_adopt(mm, base, left, NULL, NULL);
+	map_widen(left, mm->mirror->granule, left);
+	for (unsigned w = 0; w < MIRROR_WORDS; w++)
+		all[w] &= left[w];
 	if (r == 0)
-		rc->left -= map_count(left);
+		rc->left -= map_count(all);
 	return r == -ETIMEDOUT || r == -EAGAIN ? 0 : r; /* the next one */
 }
 

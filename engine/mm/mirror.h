@@ -23,6 +23,9 @@
  *  V3  no window page is replaced unless writes to it have been blocked since it was
  *      seen not to be diverged, or its contents were taken, or are dropped.
  *  V4  tables shared by two guests have no HOST_PRIVATE entry: a clone adopts first.
+ *  V6  the pages of a granule (what the host maps and protects at the least; four or sixteen on hosts
+ *      with pages of 16 or 64 KiB) are in the same state: frames side by side and aligned, or none, or all the host
+ *      kernel's. Whoever gives the guest one page gives it the granule; single pages are not merged.
  *  V5  while a window can show a frame, the frame is not given to anybody else:
  *      home slots are punched and not recycled while the mirror holds their
  *      extent; of arena frames the entry keeps its reference until the page is adopted.
@@ -35,6 +38,7 @@
 #include "mm/mm.h"
 
 #define MIRROR_WORDS (BLOCK_PAGES / 64)
+#define MIRROR_GRANULE_MAX 16u
 #define REAPS_MAX 3 /* what a failed attempt gave back is pending too: it must not feed the next one for ever */
 
 struct mirror;
@@ -95,6 +99,7 @@ struct mirror {
 	 * registered. The page's frame may lack that write: reads wait.
 	 */
 	_Atomic uint32_t unsettled;
+	unsigned granule; /* pages, a power of two, at most MIRROR_GRANULE_MAX (V6) */
 	bool scarce; /* mappings are: changes that are nobody's need had better wait */
 };
 
@@ -106,8 +111,16 @@ static inline bool mm_native(const struct mm *mm)
 	return m && !READ_ONCE(m->exact);
 }
 
+/* Its pages come and go by granules of several: nothing else may be done with one of them. */
+static inline bool mm_coarse(const struct mm *mm)
+{
+	const struct mirror *m = READ_ONCE(mm->mirror);
+
+	return m && m->granule > 1;
+}
+
 /*
- * Makes pages the guest's own: `map` says which of the 512 pages from `base` (2 MiB
+ * Makes pages (and what else is of their granules: V6) the guest's own: `map` says which of the 512 pages from `base` (2 MiB
  * aligned), all in regions. Each gets its home slot, or a frame of the arena,
  * filled with what the guest sees; a frame that is the guest's alone already
  * stays. mm->range held. 0; -EAGAIN (raced); -EOPNOTSUPP (writes cannot be

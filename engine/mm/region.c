@@ -351,6 +351,9 @@ static int zap_prepare(struct change *c)
 	struct mm *mm = z->target.mm;
 	int r = range_pinned(mm, z->start, z->end) ? -EBUSY : 0;
 
+	if (mm->mirror && (z->start.v | z->end.v) % mm->mirror->granule)
+		r = -EINVAL;
+
 	if (!r)
 		r = table_cut(mm, z->start);
 	if (!r)

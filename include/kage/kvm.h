@@ -80,7 +80,13 @@ struct kage_kvm_config {
 	/** Size of the dirty ring of each vCPU, if the VMM enabled KVM_CAP_DIRTY_LOG_RING; else 0. See kage_kvm_add_vcpu(). */
 	uint32_t dirty_ring_bytes;
 	int32_t pagemap_fd, maps_fd, uffd_fd;
-	int32_t reserved;
+	/**
+	 * Bytes: memory is mapped, protected and copied in aligned pieces of at least this size; a power of two up to 64 KiB.
+	 * 0, or less than the host's page: the host's page. Where it is more than 4 KiB regions must begin and end on such a
+	 * piece (so must what is discarded), a write to a shared page gives the guest all of the piece, and single pages of
+	 * the guest are not merged.
+	 */
+	uint32_t granule;
 	/** Sets a slot in place of KVM_SET_USER_MEMORY_REGION on vmfd; returns 0 or -errno. May be NULL. Must not call the engine. */
 	int (*set_slot)(void *opaque, const struct kage_kvm_slot *slot);
 	/**

@@ -14,6 +14,7 @@
  * invariants
  *	T1. Each step of a test ends with audit(): it compares the tables, the mirror and
  *	    /proc/self/maps, and requires that the engine has logged no error.
+ *	    KAGE_KVM_GRANULE (bytes, kage_kvm_config.granule) does so too.
  *	T2. KAGE_KVM_MASK (bits of enum kage_kvm_feature) goes into every attachment. A test that cannot
  *	    do without what is masked, or missing, says so and ends.
  */
@@ -58,7 +59,7 @@
 
 static struct kage_engine *engine;
 static struct kage_kvm_info caps;
-static uint32_t mask;
+static uint32_t mask, granule;
 static _Atomic unsigned logged_errors;
 static unsigned expected_errors;
 
@@ -95,6 +96,9 @@ static inline int each_policy(void)
 			return;                                     \
 		}                                                   \
 	} while (0)
+
+/* What single pages do: they are merged, broken, counted. Not where the mirror's granule is more than one. */
+#define need_single_pages() need(granule <= PAGE, "it is about single pages, and KAGE_KVM_GRANULE is larger")
 
 static inline void sleep_ms(unsigned ms)
 {
@@ -236,7 +240,7 @@ static inline int new_kvm(void)
 static inline struct kage_kvm_config config_of(uint32_t policy)
 {
 	return (struct kage_kvm_config){.size = sizeof(struct kage_kvm_config), .policy = policy,
-					.feature_mask = mask, .pause = no_pause, .resume = no_resume};
+					.feature_mask = mask, .pause = no_pause, .resume = no_resume, .granule = granule};
 }
 
 static inline struct bare attach_with(struct kage_vm *vm, const struct kage_kvm_config *config)
@@ -332,7 +336,7 @@ struct vmm_wish {
 static inline struct vmm *new_vmm(struct vmm_wish wish)
 {
 	struct kage_kvm_config kvm = {.size = sizeof(kvm), .policy = wish.policy, .feature_mask = mask | wish.mask,
-				      .map_budget = wish.map_budget};
+				      .map_budget = wish.map_budget, .granule = granule};
 	struct vmm_config config = {.identity = PAYLOAD_IDENTITY, .dirty_ring_bytes = wish.ring_bytes};
 	const struct vmm_region region = {0, wish.ram ? wish.ram : 32 * MIB};
 	struct vmm *vmm;
@@ -612,6 +616,7 @@ static inline void probe(void)
 	pid_t pid;
 
 	mask = (uint32_t)env_number("KAGE_KVM_MASK", 0);
+	granule = (uint32_t)env_number("KAGE_KVM_GRANULE", 0);
 	if (pipe(pipes))
 		exit(EXIT_FAILURE);
 	fflush(stdout);

@@ -86,7 +86,10 @@ START_TEST(configurations_that_are_refused)
 	c.flags = 1u << 4;
 	refused(vm, fd, &c, -EINVAL);
 	c = config_of(KAGE_KVM_NATIVE);
-	c.reserved = 1;
+	c.granule = 12288;
+	refused(vm, fd, &c, -EINVAL);
+	c = config_of(KAGE_KVM_NATIVE);
+	c.granule = 128 << 10;
 	refused(vm, fd, &c, -EINVAL);
 	c = config_of(KAGE_KVM_NATIVE);
 	c.resume = NULL;

@@ -123,6 +123,7 @@ START_TEST(merge_break_adopt_heal_merge)
 	uint64_t merged = 0;
 	unsigned i, round, tries;
 
+	need_single_pages();
 	engine_up();
 	merging(true);
 	for (i = 0; i < 2; i++) {
@@ -411,14 +412,15 @@ START_TEST(a_budget_of_a_thousand_mappings)
 	for (i = 0; i < times(12, 6); i++) {
 		stamps_go_on(vmm, 200);
 		stamps_go_on(other, 200);
-		is(kage_kvm_reconcile(kvm_of(vmm), i % 2 ? KAGE_KVM_ADOPT : 0) < 0, 0);
-		is(kage_kvm_reconcile(kvm_of(other), KAGE_KVM_ADOPT) < 0, 0);
+		ck_assert_int_ge(kage_kvm_reconcile(kvm_of(vmm), i % 2 ? KAGE_KVM_ADOPT : 0), 0);
+		ck_assert_int_ge(kage_kvm_reconcile(kvm_of(other), KAGE_KVM_ADOPT), 0);
 		ok(kage_engine_step(engine, NULL, NULL));
 		audit();
 	}
 	info = info_of(kvm_of(vmm));
 	ck_assert_uint_le(info.map_budget, 1000);
-	ck_assert_uint_gt(info.widened + info_of(kvm_of(other)).widened, 0);
+	if (granule <= PAGE) /* larger granules need fewer mappings */
+		ck_assert_uint_gt(info.widened + info_of(kvm_of(other)).widened, 0);
 	ck_assert_uint_le(info.mappings, 1000);
 	check_stamps(vmm);
 	check_stamps(other);
@@ -559,6 +561,7 @@ START_TEST(a_region_that_traps_beside_one_that_does_not)
 	struct bare b;
 
 	need(has(KAGE_KVM_USERFAULTFD), "no userfaultfd");
+	need_single_pages();
 	engine_up();
 	b = pair_bare(&region[_i], &region[1 - _i]);
 	ok(kage_kvm_helper_start(b.kvm));

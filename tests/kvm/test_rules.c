@@ -42,6 +42,7 @@ START_TEST(rule_1_shared_frame_is_never_map_shared)
 	const struct bare *const one[] = {&a}, *const all[] = {&a, &b, &c};
 	uint64_t i;
 
+	need_single_pages();
 	engine_up();
 	a = new_bare(SMALL, policy);
 	for (i = 0; i < 1024; i++)
@@ -198,6 +199,7 @@ START_TEST(rule_2_native_reconciles)
 	unsigned n, i;
 	int left;
 
+	need_single_pages();
 	engine_up();
 	a = new_vmm((struct vmm_wish){.policy = KAGE_KVM_NATIVE});
 	base = fill(a, DATA_PAGES);
@@ -379,6 +381,7 @@ START_TEST(rule_3_listeners_hear_before_the_write)
 	struct vmm *a, *b;
 	uint64_t i, page, base;
 
+	need_single_pages();
 	engine_up();
 	a = new_vmm((struct vmm_wish){.policy = KAGE_KVM_EXACT});
 	base = fill(a, DATA_PAGES);
@@ -723,6 +726,7 @@ START_TEST(rule_5_merging_compares_windows)
 	struct bare a, b, c;
 	uint64_t i;
 
+	need_single_pages();
 	engine_up();
 	a = new_bare(SMALL, KAGE_KVM_NATIVE);
 	for (i = 0; i < 512; i++)
@@ -1140,6 +1144,7 @@ START_TEST(rule_8_external_memory_stays)
 	struct bare a, b;
 	uint64_t i, file, first, f;
 
+	need_single_pages();
 	engine_up();
 	merging(true);
 	vm = new_vm(SMALL);

@@ -1,0 +1,418 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Hosts whose pages are larger than a frame, as far as a host with pages of 4 KiB can show them: the mirror's
+ * granule is forced to 16 and 64 KiB.
+ *
+ * structures
+ *	watched		what the test knows as windows: system calls there are looked at
+ *	struct model	a guest and what each of its pages has to hold
+ *
+ * invariants
+ *	G1. No system call maps, protects, registers, fills or wakes less than a granule of a window: calls that a host with
+ *	    such pages would refuse are counted here, and there are none. (Run mappings: the engine's audit.)
+ *	G2. Every guest reads what was written to it, through its window and through the engine, after every few steps.
+ */
+#include <stdarg.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+
+#include <linux/userfaultfd.h>
+
+#include "kvm_test.h"
+
+#define LEN	(4 * MIB)
+#define PAGES	(LEN / PAGE)
+#define GUESTS	5
+#define OPS	300
+
+/* -- G1 ------------------------------------------------------------------------------- */
+
+struct watched {
+	uintptr_t start, end;
+};
+
+static struct watched watched[GUESTS];
+static size_t piece; /* bytes; 0: nothing is looked at */
+static _Atomic unsigned odd_calls, window_calls;
+
+static void look(const char *call, const void *addr, size_t len)
+{
+	uintptr_t from = (uintptr_t)addr;
+	bool inside = false;
+
+	for (unsigned i = 0; piece && i < GUESTS; i++)
+		inside |= from < watched[i].end && watched[i].start < from + len;
+	if (!inside)
+		return;
+	atomic_fetch_add(&window_calls, 1);
+	if ((from | len) % piece) {
+		fprintf(stderr, "%s of %#lx bytes at %#lx\n", call, (unsigned long)len, (unsigned long)from);
+		atomic_fetch_add(&odd_calls, 1);
+	}
+}
+
+/* These stand before libc's at link time. */
+void *mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
+{
+	if (flags & MAP_FIXED) {
+		look("mmap", addr, len);
+		if (!(flags & MAP_ANONYMOUS))
+			look("mmap of a file", (char *)addr + (offset & (off_t)(piece - 1)), len);
+	}
+	return (void *)syscall(SYS_mmap, addr, len, prot, flags, fd, offset);
+}
+
+void *mremap(void *old, size_t old_len, size_t new_len, int flags, ...)
+{
+	va_list args;
+	void *to;
+
+	va_start(args, flags);
+	to = va_arg(args, void *);
+	va_end(args);
+	if (flags & MREMAP_FIXED) {
+		look("mremap", to, new_len);
+		if (piece && (uintptr_t)old % PAGE == 0 && old_len == 0) /* a second view of frames */
+			look("mremap of frames", (char *)to + ((uintptr_t)old & (piece - 1)), new_len);
+	}
+	return (void *)syscall(SYS_mremap, old, old_len, new_len, flags, to);
+}
+
+int mprotect(void *addr, size_t len, int prot)
+{
+	look("mprotect", addr, len);
+	return (int)syscall(SYS_mprotect, addr, len, prot);
+}
+
+int madvise(void *addr, size_t len, int advice)
+{
+	look("madvise", addr, len);
+	return (int)syscall(SYS_madvise, addr, len, advice);
+}
+
+int ioctl(int fd, unsigned long request, ...)
+{
+	/* The kernel stops at a page of its own, 4 KiB; where it did the engine goes on from there. */
+	static __thread bool stopped;
+	const struct uffdio_range *range;
+	va_list args;
+	void *arg;
+	int r;
+
+	va_start(args, request);
+	arg = va_arg(args, void *);
+	va_end(args);
+	range = arg;
+	if (stopped && (request == UFFDIO_CONTINUE || request == UFFDIO_WAKE)) {
+		r = (int)syscall(SYS_ioctl, fd, request, arg);
+		stopped = request == UFFDIO_WAKE || r != 0;
+		return r;
+	}
+	if (request == UFFDIO_REGISTER || request == UFFDIO_UNREGISTER || request == UFFDIO_WRITEPROTECT ||
+	    request == UFFDIO_WAKE || request == UFFDIO_CONTINUE || request == UFFDIO_ZEROPAGE) /* a range comes first */
+		look("ioctl of userfaultfd", (void *)(uintptr_t)range->start, range->len);
+	r = (int)syscall(SYS_ioctl, fd, request, arg);
+	stopped = request == UFFDIO_CONTINUE && r != 0;
+	return r;
+}
+
+/* -- guests ------------------------------------------------------------------------------- */
+
+struct model {
+	struct bare b;
+	bool live, attached;
+	uint64_t word[PAGES];
+	unsigned pinned; /* page + 1 */
+};
+
+static struct model *model; /* GUESTS */
+static uint64_t seed;
+
+static uint64_t rnd(uint64_t below)
+{
+	seed ^= seed << 13;
+	seed ^= seed >> 7;
+	seed ^= seed << 17;
+	return seed % below;
+}
+
+static void watch(unsigned i)
+{
+	uintptr_t from = (uintptr_t)kage_kvm_window(model[i].b.kvm, 0, LEN);
+
+	watched[i] = (struct watched){from, from + LEN};
+}
+
+static void join(unsigned i, uint32_t policy)
+{
+	model[i].b = attach(model[i].b.vm, policy);
+	model[i].attached = true;
+	watch(i);
+}
+
+static void leave(unsigned i)
+{
+	struct bare *b = &model[i].b;
+
+	watched[i] = (struct watched){0, 0};
+	kage_kvm_helper_stop(b->kvm);
+	ok(kage_kvm_detach(b->kvm));
+	close(b->fd);
+	model[i].attached = false;
+}
+
+/* G2 */
+static void compare(unsigned i)
+{
+	const struct model *m = &model[i];
+
+	for (unsigned p = 0; p < PAGES; p++) {
+		uint64_t gpa = p * PAGE + 8 * (p % 512);
+
+		ck_assert_msg(read64(m->b.vm, gpa) == m->word[p], "guest %u page %u: %lx, not %lx", i, p,
+			      (unsigned long)read64(m->b.vm, gpa), (unsigned long)m->word[p]);
+		if (m->attached)
+			same(at(&m->b, p * PAGE)[p % 512], m->word[p]);
+	}
+}
+
+static void write_page_of(unsigned i, unsigned p)
+{
+	struct model *m = &model[i];
+	uint64_t word = rnd(8) ? seed : 0;
+
+	if (m->attached && rnd(2))
+		at(&m->b, p * PAGE)[p % 512] = word;
+	else
+		write64(m->b.vm, p * PAGE + 8 * (p % 512), word);
+	m->word[p] = word;
+}
+
+static void discard_of(unsigned i, size_t granule_bytes)
+{
+	struct model *m = &model[i];
+	unsigned n = (unsigned)(granule_bytes / PAGE), p = (unsigned)rnd(PAGES / n - 4) * n, len = n * (1 + (unsigned)rnd(3));
+	int r = kage_vm_advise(m->b.vm, p * PAGE, len * PAGE, KAGE_ADVICE_DISCARD);
+
+	if (m->pinned && m->pinned - 1 >= p && m->pinned - 1 < p + len) {
+		is(r, -EBUSY);
+		return;
+	}
+	ok(r);
+	memset(&m->word[p], 0, len * sizeof(m->word[0]));
+	if (m->attached && n > 1) /* pieces of a granule are refused */
+		is(kage_vm_advise(m->b.vm, (p + 1) * PAGE, PAGE, KAGE_ADVICE_DISCARD), -EINVAL);
+}
+
+static void pin_of(unsigned i)
+{
+	struct model *m = &model[i];
+	struct iovec iov[1];
+	unsigned n = 1, p = (unsigned)rnd(PAGES);
+
+	if (m->pinned) {
+		ok(kage_vm_unpin(m->b.vm, (m->pinned - 1) * PAGE, PAGE));
+		m->pinned = 0;
+		return;
+	}
+	if (!m->attached)
+		return;
+	ok(kage_vm_pin(m->b.vm, p * PAGE, PAGE, 0, iov, &n));
+	m->pinned = p + 1;
+}
+
+static void clone_of(unsigned i)
+{
+	unsigned to = 0;
+
+	while (to < GUESTS && model[to].live)
+		to++;
+	if (to == GUESTS)
+		return;
+	ok(kage_vm_clone(model[i].b.vm, NULL, &model[to].b.vm));
+	memcpy(model[to].word, model[i].word, sizeof(model[i].word));
+	model[to].live = true;
+	model[to].attached = false;
+	model[to].pinned = 0;
+}
+
+static void end_of(unsigned i)
+{
+	struct model *m = &model[i];
+
+	if (m->pinned)
+		pin_of(i);
+	if (m->attached)
+		leave(i);
+	ok(kage_vm_destroy(m->b.vm));
+	m->live = false;
+}
+
+static void one_step(unsigned i, uint32_t policy, size_t granule_bytes)
+{
+	struct model *m = &model[i];
+	unsigned p = (unsigned)rnd(PAGES);
+
+	switch (rnd(40)) {
+	case 0:
+		clone_of(i);
+		break;
+	case 1:
+		if (i)
+			end_of(i);
+		break;
+	case 2:
+		if (m->pinned)
+			break;
+		if (m->attached)
+			leave(i);
+		else
+			join(i, policy);
+		break;
+	case 3:
+		discard_of(i, granule_bytes);
+		break;
+	case 4:
+		pin_of(i);
+		break;
+	case 5:
+		ok(kage_engine_step(engine, NULL, NULL));
+		break;
+	case 6:
+		if (m->attached)
+			ck_assert_int_ge(kage_kvm_reconcile(m->b.kvm, rnd(2) ? KAGE_KVM_ADOPT : 0), 0);
+		break;
+	case 7:
+		for (unsigned n = 0; n < 40; n++) /* scattered: whole blocks come home */
+			write_page_of(i, (unsigned)rnd(PAGES));
+		break;
+	default:
+		for (unsigned n = 0; n < 6; n++)
+			write_page_of(i, (p + n) % PAGES);
+	}
+}
+
+static void history(uint32_t policy, size_t granule_bytes, uint64_t first)
+{
+	seed = first;
+	granule = (uint32_t)granule_bytes;
+	piece = granule_bytes;
+	atomic_store(&odd_calls, 0);
+	atomic_store(&window_calls, 0);
+	engine_up();
+	merging(true);
+	model = calloc(GUESTS, sizeof(*model));
+	ck_assert_ptr_nonnull(model);
+	model[0].b.vm = new_vm(LEN);
+	model[0].live = true;
+	join(0, policy);
+	for (unsigned n = 0; n < times(OPS, OPS / 3); n++) {
+		unsigned i = (unsigned)rnd(GUESTS);
+
+		while (!model[i].live)
+			i = (i + 1) % GUESTS;
+		one_step(i, policy, granule_bytes);
+		audit();
+		if (n % 16 == 0)
+			for (unsigned g = 0; g < GUESTS; g++)
+				if (model[g].live)
+					compare(g);
+	}
+	for (unsigned i = 0; i < GUESTS; i++)
+		if (model[i].live) {
+			compare(i);
+			end_of(i);
+		}
+	free(model);
+	same(odd_calls, 0);
+	ck_assert_uint_gt(window_calls, 0);
+	piece = 0;
+	engine_down();
+}
+
+static const size_t granules[] = {4 * 1024, 16 * 1024, 64 * 1024};
+
+START_TEST(histories)
+{
+	unsigned policy = (unsigned)_i % 2, which = (unsigned)_i / 2;
+
+	need(policy == 0 || can_exact(), "this kernel cannot trap");
+	for (unsigned n = 0; n < times(2, 1); n++)
+		history(policies[policy], granules[which], 0x9e3779b97f4a7c15ull * (n + 1) + (unsigned)_i);
+}
+END_TEST
+
+/* One page of a shared granule is written: all of it comes home, as one mapping; no page of it is merged. */
+START_TEST(breaks_are_widened)
+{
+	for (unsigned g = 1; g < 3; g++) {
+		unsigned n = (unsigned)(granules[g] / PAGE);
+		struct kage_stats before, after;
+		struct bare a, b;
+
+		granule = (uint32_t)granules[g];
+		engine_up();
+		a = new_bare(LEN, KAGE_KVM_NATIVE);
+		for (unsigned p = 0; p < PAGES; p++)
+			at(&a, p * PAGE)[0] = p / 2; /* pairs of equal pages */
+		b = clone_bare(&a, KAGE_KVM_NATIVE);
+		before = stats_of(b.vm);
+		write64(b.vm, 5 * PAGE, 77);
+		is(kage_kvm_reconcile(b.kvm, KAGE_KVM_ADOPT), 0);
+		after = stats_of(b.vm);
+		same(after.cow_breaks - before.cow_breaks + info_of(b.kvm).adopted, n);
+		audit();
+		merging(true);
+		same(merge_all(), 0);
+		for (unsigned p = 0; p < PAGES; p++)
+			same(read64(b.vm, p * PAGE), p == 5 ? 77 : p / 2);
+		free_bare(&b);
+		free_bare(&a);
+		engine_down();
+	}
+}
+END_TEST
+
+/* What does not begin and end on granules is refused before anything happens. */
+START_TEST(odd_regions_are_refused)
+{
+	struct kage_kvm_config config = config_of(KAGE_KVM_NATIVE);
+	struct kage_kvm *kvm;
+	struct kage_vm *vm;
+	int fd = new_kvm();
+
+	config.granule = 16 * 1024;
+	engine_up();
+	vm = new_vm(MIB + PAGE);
+	is(kage_kvm_attach(vm, fd, &config, &kvm), -EINVAL);
+	ok(kage_vm_unmap(vm, MIB, PAGE));
+	ok(kage_kvm_attach(vm, fd, &config, &kvm));
+	is(kage_vm_map(vm, KAGE_CFG(kage_region, .gpa = MIB, .len = PAGE)), -EINVAL);
+	is(kage_vm_unmap(vm, MIB - PAGE, PAGE), -EINVAL);
+	is(kage_vm_protect(vm, PAGE, PAGE, KAGE_READ), -EINVAL);
+	expected_errors = atomic_load(&logged_errors);
+	audit();
+	ok(kage_kvm_detach(kvm));
+	close(fd);
+	ok(kage_vm_destroy(vm));
+	engine_down();
+}
+END_TEST
+
+int main(void)
+{
+	Suite *s = suite_create("granule");
+	SRunner *r;
+	int failed;
+
+	skip_without_kvm();
+	probe();
+	add_test(s, histories, 6);
+	add_test(s, breaks_are_widened, 1);
+	add_test(s, odd_regions_are_refused, 1);
+	r = srunner_create(s);
+	srunner_run_all(r, CK_NORMAL);
+	failed = srunner_ntests_failed(r);
+	srunner_free(r);
+	return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
