@@ -7,7 +7,7 @@
  *	stopped		what the event loop's thread says: the domain has gone, and why
  *
  * invariants
- *	D1. The order is fork (main.c), virInitialize, default event loop, its thread, open, callback, create
+ *	D1. The order is fork (supervise.c), virInitialize, default event loop, its thread, open, callback, create
  *	    paused, resume. The thread never ends: the loop has no end that could be waited for.
  *	D2. One process a root: `lock` in it is held until the process ends. Whoever has it may destroy
  *	    whatever else uses the root.
@@ -111,7 +111,7 @@ static bool take_root(const char *root)
 	return false;
 }
 
-static bool write_config(const char *root)
+static bool write_config(const char *root, const char *ram)
 {
 	char path[PATH_MAX];
 	FILE *f;
@@ -130,6 +130,8 @@ static bool write_config(const char *root)
 	      "cgroup_controllers = []\n", f);
 	if (geteuid() == 0)
 		fputs("user = \"root\"\ngroup = \"root\"\n", f);
+	if (*ram)
+		fprintf(f, "memory_backing_dir = \"%s\"\n", ram);
 	return !fclose(f);
 }
 
@@ -217,7 +219,7 @@ bool domain_open(const struct paths *paths)
 	pthread_t thread;
 	char uri[PATH_MAX];
 
-	if (!take_root(paths->root) || !write_config(paths->root))
+	if (!take_root(paths->root) || !write_config(paths->root, paths->ram))
 		return false;
 	virSetErrorFunc(NULL, on_error);
 	setenv("LIBVIRT_DEBUG", "4", 0); /* errors only */
@@ -234,6 +236,11 @@ bool domain_open(const struct paths *paths)
 					     VIR_DOMAIN_EVENT_CALLBACK(on_event), NULL, NULL) < 0)
 		return complain("events");
 	return true;
+}
+
+virConnectPtr domain_connection(void)
+{
+	return conn;
 }
 
 void domain_close(void)

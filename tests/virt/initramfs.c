@@ -132,12 +132,15 @@ static bool add_from(FILE *archive, const char *folder, const char *name, const 
 	return cpio_add(archive, from, as, mode);
 }
 
-static bool make_inner(const struct paths *paths, const char *path)
+bool initramfs_plain(const struct paths *paths, const char *init, const char *name)
 {
-	FILE *f = cpio_begin(path);
+	char path[PATH_MAX];
+	FILE *f;
 
+	fill(path, sizeof(path), "%s/%s", paths->out, name);
+	f = cpio_begin(path);
 	return f && cpio_end(f, add_from(f, paths->boot, "busybox", "bin/busybox", 0755) &&
-				add_from(f, paths->source, "tests/vmm/linux_init.sh", "init", 0755));
+				add_from(f, paths->source, init, "init", 0755));
 }
 
 /* /leg, for init.sh. */
@@ -231,8 +234,7 @@ bool initramfs_make(const struct leg *leg, const struct paths *paths)
 	char path[PATH_MAX];
 	FILE *f;
 
-	fill(path, sizeof(path), "%s/inner.cpio", paths->out);
-	if (!make_inner(paths, path))
+	if (!initramfs_plain(paths, "tests/vmm/linux_init.sh", "inner.cpio"))
 		return false;
 	fill(path, sizeof(path), "%s/initramfs", paths->out);
 	f = cpio_begin(path);

@@ -8,15 +8,15 @@
  *	run		one start of the machine: how it ended
  *	paths		where things lie
  *
- * Files, in the order in which a leg goes through them: leg.c (the description), initramfs.c with elf.c (what
- * the machine boots), domain.c (libvirt: define, start, watch, destroy), result.c (what the console says),
- * main.c (the order of all this, and who cleans up).
+ * Files, in the order in which a leg goes through them: supervise.c (folders; who cleans up), leg.c (the description),
+ * initramfs.c with elf.c (what the machine boots), domain.c (libvirt: define, start, watch, destroy), result.c (what
+ * the console says), main.c (the order of all this). beside.h: the program that has guests of its own.
  *
  * invariants
  *	V1. What counts is on the console: a test that has no VIRT-END line has failed, and so has a
  *	    leg without VIRT-DONE, or whose kernel came up in another mode than `mode` of the leg.
  *	V2. A skip that the leg's list does not have fails, and so does one of the list that did not happen.
- *	V3. No machine outlives the harness: domain.c destroys, main.c kills what is left of the root, and the next
+ *	V3. No machine outlives the harness: domain.c destroys, supervise.c kills what is left of the root, and the next
  *	    start looks again.
  */
 #ifndef KAGE_TESTS_VIRT_H
@@ -81,6 +81,7 @@ struct paths {
 	char out[400];	      /* of this leg: console, initramfs */
 	char boot[400];	      /* kernel and busybox, made by fetch.sh */
 	char root[100];	      /* libvirt's; short: a socket's path has 107 characters */
+	char ram[150];	      /* where RAM files lie (memory_backing_dir of qemu.conf); "": where libvirt likes */
 	bool verbose;
 };
 
@@ -110,11 +111,19 @@ bool elf_add_libgcc(FILE *archive, const struct paths *paths, uint16_t machine);
 /* initramfs.c */
 bool cpio_add(FILE *archive, const char *from, const char *as, unsigned mode);
 bool cpio_has(const char *as);
+bool initramfs_plain(const struct paths *paths, const char *init, const char *name); /* busybox and a script */
 bool initramfs_make(const struct leg *leg, const struct paths *paths);
+
+/* supervise.c: what programs that run domains have in common */
+bool make_paths(struct paths *paths, const char *out, const char *name, const char *debian, const char *suite);
+int fetch(const struct paths *paths, const char *debian, const char *suite);
+/* Calls `work` in a process of its own; the result is its, or FAILED: then what is left of the root's QEMUs is dead. */
+int supervised(int (*work)(void), const char *root);
 
 /* domain.c */
 const char *domain_missing(const struct machine *machine);
 bool domain_open(const struct paths *paths);
+struct _virConnect *domain_connection(void);
 void domain_close(void);
 enum ended domain_run(const struct leg *leg, const struct paths *paths, const struct watch *watch);
 void domain_kill_strays(const char *root);
