@@ -148,8 +148,10 @@ bool host_hide(struct pool *pool, uint64_t section, uint64_t n)
 
 int host_show_zero(struct pool *pool)
 {
-	if (mprotect(pfn_hva(pool, PFN_ZERO), PAGE_SIZE, PROT_READ) != 0 ||
-	    mprotect(pool->frames, PAGE_SIZE, PROT_READ | PROT_WRITE) != 0)
+	uint64_t page = host_page_size(); /* in section 0 there is nothing else */
+
+	if (mprotect((void *)ALIGN_DOWN((uintptr_t)pfn_hva(pool, PFN_ZERO), page), page, PROT_READ) != 0 ||
+	    mprotect(pool->frames, page, PROT_READ | PROT_WRITE) != 0)
 		return -errno;
 	return 0;
 }
@@ -198,12 +200,35 @@ static bool punch_file(int fd, uint64_t offset, size_t len)
 	return err == 0;
 }
 
+/*
+ * The host takes whole pages of its own back: of larger ones than 4 KiB the pieces at both ends are cleared by hand.
+ * False: nothing whole lies between.
+ */
+static bool whole_pages(char **at, size_t *len)
+{
+	uint64_t page = host_page_size();
+	char *end = *at + *len, *from = (char *)ALIGN_UP((uintptr_t)*at, page),
+	     *to = (char *)ALIGN_DOWN((uintptr_t)end, page);
+
+	if (from >= to) {
+		memset(*at, 0, *len);
+		return false;
+	}
+	memset(*at, 0, (size_t)(from - *at));
+	memset(to, 0, (size_t)(end - to));
+	*at = from;
+	*len = (size_t)(to - from);
+	return true;
+}
+
 void host_punch(struct pool *pool, struct pool_domain *d, pfn_t pfn, uint64_t npages)
 {
-	void *at = pfn_hva(pool, pfn);
+	char *at = pfn_hva(pool, pfn);
 	size_t len = npages << PAGE_SHIFT;
 
-	if (d->fd < 0 ? punch_anonymous(at, len) : punch_file(d->fd, pfn.v << PAGE_SHIFT, len))
+	if (!whole_pages(&at, &len))
+		return;
+	if (d->fd < 0 ? punch_anonymous(at, len) : punch_file(d->fd, (uint64_t)(at - pool->base), len))
 		return;
 	env_log(pool->env, KAGE_LOG_WARN, "the host keeps %llu vacated pages (errno %d)",
 		(unsigned long long)npages, errno);
@@ -212,8 +237,11 @@ void host_punch(struct pool *pool, struct pool_domain *d, pfn_t pfn, uint64_t np
 
 void host_forget_frames(struct pool *pool, pfn_t pfn, uint64_t npages)
 {
-	if (madvise(pfn_frame(pool, pfn), npages * sizeof(struct frame), MADV_DONTNEED) != 0)
-		memset((void *)pfn_frame(pool, pfn), 0, npages * sizeof(struct frame));
+	char *at = (char *)pfn_frame(pool, pfn);
+	size_t len = npages * sizeof(struct frame);
+
+	if (whole_pages(&at, &len) && madvise(at, len, MADV_DONTNEED) != 0)
+		memset(at, 0, len);
 }
 
 /* Before Linux 5.14, where nothing can be asked for anonymous pages and be told no. */
@@ -267,17 +295,17 @@ int host_memfd(uint64_t bytes)
 uint64_t host_resident(const void *addr, uint64_t bytes)
 {
 	unsigned char vec[RESIDENT_CHUNK];
-	uint64_t pages = bytes >> PAGE_SHIFT, found = 0;
+	uint64_t page = host_page_size(), pages = bytes / page, found = 0;
 
 	for (uint64_t at = 0; at < pages; at += RESIDENT_CHUNK) {
 		uint64_t n = MIN(pages - at, (uint64_t)RESIDENT_CHUNK);
 
-		if (mincore((char *)addr + (at << PAGE_SHIFT), n << PAGE_SHIFT, vec) != 0)
+		if (mincore((char *)addr + at * page, n * page, vec) != 0)
 			continue;
 		for (uint64_t i = 0; i < n; i++)
 			found += vec[i] & 1;
 	}
-	return found;
+	return found * (page >> PAGE_SHIFT);
 }
 
 static void set_bits(uint64_t map[8], unsigned from, unsigned to)
@@ -294,17 +322,35 @@ static bool swap_on(void)
 	return sysinfo(&si) != 0 || si.totalswap != 0;
 }
 
+/* Pages of the host that the frames lie in, and how many frames of the first come before. */
+static unsigned host_pages(pfn_t pfn, unsigned npages, unsigned *before)
+{
+	uint64_t frames = host_page_size() >> PAGE_SHIFT;
+
+	*before = (unsigned)(pfn.v % frames);
+	return (unsigned)((*before + npages + frames - 1) / frames);
+}
+
+/* The frames of host page i. */
+static void set_host_page(uint64_t map[8], unsigned i, unsigned before, unsigned npages)
+{
+	unsigned frames = (unsigned)(host_page_size() >> PAGE_SHIFT), from = i * frames, to = from + frames;
+
+	set_bits(map, MAX(from, before) - before, MIN(to - before, npages));
+}
+
 static bool populated_pagemap(struct pool *pool, pfn_t pfn, unsigned npages, uint64_t map[8])
 {
 	uint64_t entry[BLOCK_PAGES];
-	ssize_t want = (ssize_t)(npages * sizeof(entry[0]));
+	unsigned before, n = host_pages(pfn, npages, &before);
+	ssize_t want = (ssize_t)(n * sizeof(entry[0]));
 
 	if (pool->priv->pagemap < 0 || pread(pool->priv->pagemap, entry, (size_t)want,
-					     (off_t)((uintptr_t)pfn_hva(pool, pfn) / PAGE_SIZE * 8)) != want)
+					     (off_t)((uintptr_t)pfn_hva(pool, pfn) / host_page_size() * 8)) != want)
 		return false;
-	for (unsigned i = 0; i < npages; i++)
+	for (unsigned i = 0; i < n; i++)
 		if (entry[i] & PAGEMAP_HELD)
-			set_bits(map, i, i + 1);
+			set_host_page(map, i, before, npages);
 	return true;
 }
 
@@ -330,12 +376,14 @@ static bool populated_seek(int fd, pfn_t pfn, unsigned npages, uint64_t map[8])
 static bool populated_mincore(struct pool *pool, pfn_t pfn, unsigned npages, uint64_t map[8])
 {
 	unsigned char vec[BLOCK_PAGES];
+	unsigned before, n = host_pages(pfn, npages, &before);
+	char *at = (char *)pfn_hva(pool, pfn) - ((size_t)before << PAGE_SHIFT);
 
-	if (mincore(pfn_hva(pool, pfn), (size_t)npages << PAGE_SHIFT, vec) != 0)
+	if (mincore(at, n * host_page_size(), vec) != 0)
 		return false;
-	for (unsigned i = 0; i < npages; i++)
+	for (unsigned i = 0; i < n; i++)
 		if (vec[i] & 1)
-			set_bits(map, i, i + 1);
+			set_host_page(map, i, before, npages);
 	return true;
 }
 
