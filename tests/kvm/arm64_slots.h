@@ -6,8 +6,14 @@
 #ifndef KAGE_TESTS_ARM64_SLOTS_H
 #define KAGE_TESTS_ARM64_SLOTS_H
 
-/* payload_list: x0 at, x1 n, x2 value. payload_storm: x4 first, x5 mask, x6 seed, x0 at. */
+/*
+ * The names are global: a program's address of a local one is that of its section and an offset, and the linker
+ * makes one entry of the global offset table for a section, whatever the offset.
+ *
+ * payload_list: x0 at, x1 n, x2 value. payload_storm: x4 first, x5 mask, x6 seed, x0 at.
+ */
 __asm__(".pushsection .rodata\n"
+	".globl payload_list, payload_list_end, payload_storm, payload_storm_end\n"
 	".balign 4\n"
 	"payload_list:\n"
 	"1:	ldr x3, [x0]\n"

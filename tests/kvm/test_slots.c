@@ -209,6 +209,12 @@ static uint64_t *vm_word(struct vm *vm, uint64_t gpa)
 	return (uint64_t *)(data_hva(vm, gpa >> 12) + (gpa & 4095));
 }
 
+/* KAGE_KVM_SHORT: a tenth, as adding and removing slots takes some kernels long. */
+static unsigned times(unsigned n)
+{
+	return env_number("KAGE_KVM_SHORT", 0) ? n / 10 : n;
+}
+
 /* What this kernel has not is left out, and said. */
 static bool left_out(bool there, const char *what)
 {
@@ -356,7 +362,7 @@ START_TEST(slots_split_and_move)
 
 	memset(there, 0, sizeof(there));
 	vm_start(&vm, 0, 0);
-	for (unsigned step = 0; step < 3000; step++) {
+	for (unsigned step = 0; step < times(3000); step++) {
 		unsigned i = (unsigned)rng_below(&rng, PIECES);
 		uint64_t gfn = DATA + i * PIECE, gpa = (gfn + step % PIECE) << 12;
 
@@ -709,7 +715,7 @@ START_TEST(the_log_is_exact)
 	unsigned mode = manual_modes[_i];
 
 	if (!no_manual(mode))
-		exact_rounds(mode, 0, 150);
+		exact_rounds(mode, 0, times(150));
 }
 END_TEST
 
