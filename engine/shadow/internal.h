@@ -130,6 +130,7 @@ struct shadow_page {
 	bool unsync;	     /* its gfn may be written; flushes re-read it */
 	bool foreign;	     /* for ever so: somebody else writes that memory */
 	bool syncing;	     /* being watched again; not yet relied on */
+	bool below;	     /* sync_below(): the answer to question `asked` */
 	const struct pt_format *format; /* from the role, as the next four; NULL: direct */
 	struct pt_params params;
 	uint8_t table_level; /* of the guest's entries */
@@ -138,6 +139,7 @@ struct shadow_page {
 	uint64_t gva;	     /* REACH_ONE: of entry 0 */
 	uint64_t write_gen;  /* older than the shadow's: hW bits are void */
 	uint64_t settle_seq; /* writers have stopped once flushed_seq >= this */
+	uint64_t asked;	     /* sync_below() */
 	struct list node;    /* all pages in use, oldest first */
 	struct list idle;    /* no parents and no vCPU's root; else empty */
 	struct list unsync_node;
@@ -195,6 +197,7 @@ struct shadow {
 	uint32_t limit;
 	struct list pages, idle, unsync;
 	uint32_t nunsync, nunsync_upper; /* upper: above level 0 */
+	uint64_t asking;		 /* the last sync_below() */
 
 	/* what TLBs must lose before the lock is dropped */
 	struct shadow_drop batch[BATCH_MAX];
@@ -311,6 +314,8 @@ void gfn_unsync(struct shadow *s, gfn_t gfn);
 struct guest_entry;
 bool same_target(struct shadow *s, const struct shadow_page *p, unsigned idx, const struct guest_entry *g);
 void sync_entry(struct shadow *s, struct shadow_page *p, unsigned idx, const void *table);
+/* The page, which is about to be used by a new way, and what is out of sync below it. */
+void sync_below(struct shadow *s, struct shadow_page *top);
 int code_break(struct shadow *s, gfn_t gfn);
 /* A use has changed a guest entry: pages of all roles follow. */
 void entry_used(struct shadow *s, gpa_t gpa, unsigned bytes);

@@ -270,6 +270,7 @@ static enum map_step make_table(struct map *m, struct shadow_page *p, unsigned i
 {
 	struct shadow_page *child = page_get(m->s, g->target, g->role);
 
+	sync_below(m->s, child);
 	page_link(m->s, p, idx, g->bits, child);
 	batch_apply(m->s);
 	if (!child->settle_seq)

@@ -278,6 +278,8 @@ void page_roots_put(struct shadow *s, struct shadow_cpu *cpu)
 
 void page_root_get(struct shadow *s, struct shadow_cpu *cpu, unsigned root, struct shadow_page *p)
 {
+	if (!p->rooted) /* else flushes have reached it, whether it was in use or not */
+		sync_below(s, p);
 	cpu->root[root] = p;
 	p->roots++;
 	p->rooted = true;

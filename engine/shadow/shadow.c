@@ -157,6 +157,7 @@ void shadow_set_mode(struct shadow_cpu *cpu, const struct pt_guest *mode)
 		if (p)
 			page_root_get(s, cpu, i, p);
 	}
+	batch_apply(s);
 	lock_drop(&s->lock);
 }
 

@@ -11,9 +11,12 @@
  *        +-- QUIET flushes that found nothing changed; watched again ----+
  *
  * An unsync page may be written at will; the guest's flush instructions re-read
- * it, as hardware would. Tables in memory that others write (`foreign`) are
- * always so. Pages above level 0 go unsync only where a pointer to them is
- * asked for (SHADOW_UNTRACK); written often, they are zapped.
+ * it, as hardware would. A flush by address misses a page that hangs nowhere, and
+ * an address without a translation gets one without a flush: so a page that is
+ * linked, or becomes a root, is re-read first, with what is unsync below it. Tables
+ * in memory that others write (`foreign`) are always unsync. Pages above level 0
+ * are only where a pointer to them is asked for (SHADOW_UNTRACK); written often,
+ * they are zapped.
  *
  * Code: a page from which instructions were fetched is watched too, if any vCPU
  * wants to know. The first write breaks the watch: execute rights go, windows
@@ -25,6 +28,8 @@
  *  R2  between the setting of a bit and the first trust in it lies a shootdown,
  *      if a vCPU could be writing (settle_seq, code_seq).
  *  R3  while `breaking`, no write is granted.
+ *  R4  an unsync page has been re-read since the newest way to it from a root was
+ *      made.
  *
  * Locks: the shadow lock for all of it; code_lock outside of it; callbacks under
  * code_lock and cpus_lock (read).
@@ -198,6 +203,38 @@ static bool sync_whole(struct shadow *s, struct shadow_page *p)
 	}
 	rcu_leave();
 	return changed;
+}
+
+/* Do links lead from `top` to the page? Each page is asked once; recursion is bounded by the levels. */
+static bool is_below(struct shadow *s, struct shadow_page *p, const struct shadow_page *top)
+{
+	if (p->level >= top->level)
+		return p == top;
+	if (p->asked == s->asking)
+		return p->below;
+	p->asked = s->asking;
+	p->below = false;
+	for (ref_t r = p->parents; r && !p->below; r = ref_side(s, r)->next)
+		p->below = is_below(s, ref_page(s, r), top);
+	return p->below;
+}
+
+void sync_below(struct shadow *s, struct shadow_page *top)
+{
+	if (!s->nunsync || !top->live)
+		return;
+	if (top->level == 0) {
+		if (top->unsync)
+			sync_whole(s, top);
+		return;
+	}
+	s->asking++;
+	list_for_each(n, &s->unsync) {
+		struct shadow_page *p = container_of(n, struct shadow_page, unsync_node);
+
+		if (is_below(s, p, top))
+			sync_whole(s, p);
+	}
 }
 
 /* Makes the entries agree that are made from bytes `first` to `last` of the frame. */

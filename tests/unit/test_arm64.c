@@ -525,6 +525,100 @@ START_TEST(test_broadcast)
 }
 END_TEST
 
+/* -- tables out of sync ----------------------------------------------------- */
+
+#define WINDOW HIGH /* page 0: `last`; page 1: at2. By tables of its own */
+#define PAGE_A (0x2001000 | PAGE)
+#define PAGE_B (0x2002000 | PAGE)
+
+static void flush(uint32_t kind, uint64_t gva)
+{
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = kind, .gva = gva)), KAGE_OK);
+}
+
+/* `last` maps page A at GVA, is in use, and out of sync. */
+static void start_unsync(void)
+{
+	struct kage_stats st = {.size = sizeof(st)};
+	uint64_t table[4];
+
+	start();
+	for (unsigned i = 0; i < 4; i++) {
+		table[i] = guest_table(&g);
+		if (i)
+			guest_w64(&g, table[i - 1], table[i] | NEXT);
+	}
+	guest_w64(&g, table[3], last | PAGE);
+	guest_w64(&g, table[3] + 8, at2 | PAGE);
+	guest_w64(&g, 0x2001000, 0xaa);
+	guest_w64(&g, 0x2002000, 0xbb);
+	arm.ttbr0 = root | 5ull << 48;
+	arm.ttbr1 = table[0];
+	regs();
+	leaf(PAGE_A | NG);
+	cpu_load(g.cpu, GVA);
+	for (unsigned i = 0; i < 8; i++)
+		cpu_store(g.cpu, WINDOW + 16 * 8, (0x2010000 + i * 0x1000) | PAGE);
+	ck_assert_int_eq(kage_stats_get(g.engine, g.vm, &st), KAGE_OK);
+	ck_assert_uint_gt(st.shadow_unsync, 0);
+	ck_assert_uint_eq(cpu_load(g.cpu, GVA), 0xaa);
+}
+
+/* It leaves the tree, changes, and comes back, with every flush that is owed. */
+START_TEST(test_relinked)
+{
+	start_unsync();
+	guest_w64(&g, at2 + 16, 0);
+	flush(KAGE_FLUSH_PAGE, GVA);
+	cpu_store(g.cpu, WINDOW, PAGE_B);
+	flush(KAGE_FLUSH_PAGE, GVA);
+	guest_w64(&g, at2 + 16, last | NEXT);
+	ck_assert_uint_eq(cpu_load(g.cpu, GVA), 0xbb);
+	stop();
+}
+END_TEST
+
+/* Entries go, then their table, as when an address space is unmapped; then the table serves elsewhere. */
+START_TEST(test_table_reused)
+{
+	start_unsync();
+	cpu_store(g.cpu, WINDOW, 0);
+	cpu_store(g.cpu, WINDOW + 16 * 8, 0);
+	cpu_store(g.cpu, WINDOW + 0x1000 + 2 * 8, 0);
+	flush(KAGE_FLUSH_PAGE, GVA);
+	flush(KAGE_FLUSH_PAGE, GVA + 16 * 0x1000);
+	cpu_store(g.cpu, WINDOW + 8, PAGE_B);
+	cpu_store(g.cpu, WINDOW + 0x1000 + 7 * 8, last | NEXT);
+	aborts(7ull << 21, KIND_LOAD, TRANSLATION(3), 0);
+	aborts(7ull << 21 | 0x10000, KIND_STORE, TRANSLATION(3), 0);
+	ck_assert_uint_eq(cpu_load(g.cpu, 7ull << 21 | 0x1000), 0xbb);
+	stop();
+}
+END_TEST
+
+/* Addresses that had no translation get one: no flush is owed. The table, then the ones above it, then as a root. */
+START_TEST(test_new_ways)
+{
+	for (unsigned way = 0; way < 3; way++) {
+		static const uint64_t gva[] = {5ull << 21, GIB + GVA, 3ull << 39 | GVA};
+
+		start_unsync();
+		cpu_store(g.cpu, WINDOW, PAGE_B | NG);
+		guest_w64(&g, way == 0 ? at2 + 5 * 8 : way == 1 ? at1 + 8 : root + 3 * 8,
+			  (way == 0 ? last : way == 1 ? at2 : at1) | NEXT);
+		ck_assert_uint_eq(cpu_load(g.cpu, gva[way]), 0xbb);
+		stop();
+	}
+	start_unsync();
+	cpu_store(g.cpu, WINDOW, PAGE_B | NG);
+	arm.tcr = (arm.tcr & ~63ull) | 25; /* 39 bits */
+	arm.ttbr0 = at1 | 6ull << 48;
+	regs();
+	ck_assert_uint_eq(cpu_load(g.cpu, GVA), 0xbb);
+	stop();
+}
+END_TEST
+
 int main(void)
 {
 	Suite *s = suite_create("arm64");
@@ -545,6 +639,9 @@ int main(void)
 	tcase_add_test(all, test_config);
 	tcase_add_test(all, test_table_of_frames);
 	tcase_add_test(all, test_broadcast);
+	tcase_add_test(all, test_relinked);
+	tcase_add_test(all, test_table_reused);
+	tcase_add_test(all, test_new_ways);
 	suite_add_tcase(s, all);
 	r = srunner_create(s);
 	srunner_run_all(r, CK_NORMAL);

@@ -464,6 +464,30 @@ START_TEST(test_pcid)
 }
 END_TEST
 
+/* Unmapped as Linux does: entries, their table, the flush by address. Then the table serves elsewhere. */
+START_TEST(test_unsync_table_reused)
+{
+	uint64_t root = guest_long_mode(&g, 4), at, pte = 0x600000, table, upper;
+
+	make_unsync(root, &at);
+	table = at & ~0xfffull;
+	upper = guest_entry_gpa(&g, root, 0x400000, 1);
+	guest_map(&g, root, pte, table, PTE_W, 0);
+	guest_map(&g, root, 0x601000, upper & ~0xfffull, PTE_W, 0);
+	cpu_store(g.cpu, 0x400000, 0xaa);
+	cpu_store(g.cpu, pte, 0);
+	cpu_store(g.cpu, 0x601000 + (upper & 0xfff), 0);
+	ck_assert_int_eq(kage_vcpu_flush(g.cpu, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_PAGE, .gva = 0x400000)),
+			 KAGE_OK);
+	cpu_store(g.cpu, pte + 8, 0x2001000 | PTE_P | PTE_W);
+	cpu_store(g.cpu, 0x601000 + 7 * 8, table | PTE_P | PTE_W | PTE_U | PTE_A | PTE_D);
+	cpu_faults(g.cpu, 7ull << 21, KIND_LOAD, 0);
+	cpu_faults(g.cpu, 7ull << 21, KIND_STORE, 2);
+	cpu_store(g.cpu, 7ull << 21 | 0x1000, 0xbb);
+	ck_assert_uint_eq(guest_r64(&g, 0x2001000), 0xbb);
+}
+END_TEST
+
 START_TEST(test_table_is_data_again)
 {
 	uint64_t root = guest_long_mode(&g, 4);
@@ -940,6 +964,7 @@ static Suite *suite(void)
 	tcase_add_test(t, test_unsync_tables);
 	tcase_add_test(t, test_context_switch);
 	tcase_add_test(t, test_pcid);
+	tcase_add_test(t, test_unsync_table_reused);
 	tcase_add_test(t, test_table_is_data_again);
 	tcase_add_test(t, test_discard_and_clone_under_tables);
 	tcase_add_test(t, test_odd_accesses);
