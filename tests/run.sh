@@ -69,6 +69,7 @@ find_missing() {
 	need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
 	need spin spin
 	need_lib libvirt libvirt-dev
+	need xz xz-utils
 	[ -e "/usr/lib/$(uname -m)-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so" ] ||
 		missing="$missing libvirt-daemon-driver-qemu"
 	getent passwd libvirt-qemu >/dev/null || missing="$missing libvirt-daemon-system"

@@ -3,7 +3,7 @@
 # What each Linux guest wrote is a function of its identity and of its family's random data, and nobody else's:
 # computes the digests of the KAGE-PROOF lines in a console again (tests/vmm/linux_init.sh makes them).
 #
-#   proofs.sh CONSOLE
+#   proofs.sh CONSOLE WANTED     WANTED: so many guests at least
 set -u
 
 tmp=$(mktemp) || exit 1
@@ -19,4 +19,8 @@ while read -r id common own; do
 	fi
 	checked=$((checked + 1))
 done <"$tmp"
+if [ $checked -lt "$2" ]; then
+	echo "  $checked Linux guests proved who they are, $2 should have"
+	exit 1
+fi
 [ $checked = 0 ] || echo "  $checked Linux guests on Kage's memory proved who they are"
