@@ -218,11 +218,23 @@ static int adopt_target(struct adopt *a, unsigned i)
 	return r;
 }
 
+/* A pinned frame stays where it is, and so does all of its granule. */
+static bool granule_pinned(struct adopt *a, unsigned i, unsigned n)
+{
+	bool pinned = false;
+
+	for (unsigned j = i; j < i + n; j++)
+		pinned |= entry_is_leaf(a->old[j]) && !(a->old[j] & ENTRY_SPECIAL) &&
+			  frame_pins(pfn_frame(a->target.mm->host->pool, entry_pfn(a->old[j]))) != 0;
+	return pinned;
+}
+
 /* All of the granule is in frames that are the guest's alone and lie as V6 wants them. */
 static bool granule_stays(struct adopt *a, unsigned i, unsigned n)
 {
 	struct mm *mm = a->target.mm;
 	pfn_t first = entry_pfn(a->old[i]);
+	bool gather = a->gather && !granule_pinned(a, i, n);
 
 	for (unsigned j = i; j < i + n; j++) {
 		entry_t e = a->old[j];
@@ -230,7 +242,7 @@ static bool granule_stays(struct adopt *a, unsigned i, unsigned n)
 
 		if (!entry_is_leaf(e) || e & ENTRY_SPECIAL || entry_pfn(e).v != first.v + (j - i) ||
 		    !frame_exclusive(mm->host, entry_pfn(e)) ||
-		    (a->gather && frame_moves(mm, mm_region(mm, gfn), gfn, entry_pfn(e))))
+		    (gather && frame_moves(mm, mm_region(mm, gfn), gfn, entry_pfn(e))))
 			return false;
 	}
 	return first.v % n == 0;
@@ -271,17 +283,6 @@ static bool granule_home(struct adopt *a, unsigned i, unsigned n)
 	return true;
 }
 
-/* A pinned frame stays where it is, and so does all of its granule. */
-static bool granule_pinned(struct adopt *a, unsigned i, unsigned n)
-{
-	bool pinned = false;
-
-	for (unsigned j = i; j < i + n; j++)
-		pinned |= entry_is_leaf(a->old[j]) && !(a->old[j] & ENTRY_SPECIAL) &&
-			  frame_pins(pfn_frame(a->target.mm->host->pool, entry_pfn(a->old[j]))) != 0;
-	return pinned;
-}
-
 /* As adopt_target(), of a granule of several pages. */
 static int adopt_granule(struct adopt *a, unsigned i, unsigned n)
 {
@@ -297,7 +298,7 @@ static int adopt_granule(struct adopt *a, unsigned i, unsigned n)
 		}
 		return 0;
 	}
-	if (granule_pinned(a, i, n))
+	if (granule_pinned(a, i, n)) /* scattered while the guest was soft, and attaching it now: nothing else is not whole */
 		return -EBUSY;
 	for (unsigned j = i; j < i + n; j++)
 		trap |= reg->flags & KAGE_REGION_TRAP && entry_is_none(a->old[j]);
@@ -583,7 +584,7 @@ int mm_adopt_page(struct mm *mm, gfn_t gfn, struct notify_reader *self, const vo
 	return mm_adopt(mm, GFN(ALIGN_DOWN(gfn.v, BLOCK_PAGES)), map, self, owner);
 }
 
-/* Ordinary memory may move; pinned frames are exclusive, and adopting leaves those where they are. */
+/* Ordinary memory may move; pinned frames are exclusive, and adopting leaves those, and the rest of their granules, where they are. */
 int mm_adopt_block(struct mm *mm, gfn_t base)
 {
 	uint64_t map[MIRROR_WORDS] = { 0 }, any = 0;

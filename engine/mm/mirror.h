@@ -124,7 +124,8 @@ static inline bool mm_coarse(const struct mm *mm)
  * aligned), all in regions. Each gets its home slot, or a frame of the arena,
  * filled with what the guest sees; a frame that is the guest's alone already
  * stays. mm->range held. 0; -EAGAIN (raced); -EOPNOTSUPP (writes cannot be
- * blocked); -ENOMEM, -ETIMEDOUT, or what a region's touch returned (KAGE_WAIT too).
+ * blocked); -EBUSY (a page is pinned whose granule is not whole: a guest that attaches only); -ENOMEM, -ETIMEDOUT, or
+ * what a region's touch returned (KAGE_WAIT too).
  */
 int mm_adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct notify_reader *self, const void *owner);
 /* The same of one page. */

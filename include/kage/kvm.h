@@ -106,7 +106,8 @@ struct kage_kvm_config {
  * `vmfd` is borrowed until detach. Attach before vCPUs run, or while they are
  * parked; the same goes for mapping, unmapping and protecting memory later, unless `pause` is given. Guests with regions that trap need KAGE_KVM_USERFAULTFD.
  * Returns KAGE_OK; -EINVAL (arguments, a descriptor that is no VM, an engine
- * without KAGE_BACKING_MEMFD); -E2BIG; -EBUSY (it is attached, or a log of accessed pages is open); -EOPNOTSUPP (a
+ * without KAGE_BACKING_MEMFD); -E2BIG; -EBUSY (it is attached, or a log of accessed pages is open, or a page is pinned
+ * whose `granule` is not in one piece: unpin it, attach, and pin it then); -EOPNOTSUPP (a
  * policy or a region that this kernel cannot do, and the log says what is
  * missing; an engine with a memory limit, but for regions that trap; a confidential guest); -ENOSPC (no slot is left); -ENOMEM; the errno of an ioctl.
  */

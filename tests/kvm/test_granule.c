@@ -373,6 +373,104 @@ START_TEST(breaks_are_widened)
 }
 END_TEST
 
+static struct bare pinned_bare(struct iovec *iov, struct kage_vm **second)
+{
+	struct bare a = attach(new_vm(2 * MIB), KAGE_KVM_NATIVE);
+	struct kage_vm *first;
+	unsigned n = 1;
+
+	for (unsigned p = 0; p < 512; p++)
+		write64(a.vm, p * PAGE, p + 1);
+	ok(kage_vm_clone(a.vm, NULL, &first));
+	ok(kage_vm_pin(a.vm, PAGE, PAGE, 0, iov, &n)); /* not at home: the clone has that */
+	ok(kage_vm_clone(a.vm, NULL, second));
+	ok(kage_vm_destroy(first));
+	for (unsigned p = 16; p < 512; p += 4) /* scattered: all of the 2 MiB comes home */
+		at(&a, p * PAGE)[0] = 1000 + p;
+	return a;
+}
+
+static void pinned_holds(struct kage_vm *vm, const struct iovec *iov, uint64_t word)
+{
+	*(volatile uint64_t *)iov->iov_base = word;
+	for (unsigned p = 0; p < 512; p++)
+		same(read64(vm, p * PAGE), p == 1 ? word : p >= 16 && p % 4 == 0 ? 1000 + p : p + 1);
+	audit();
+}
+
+/* A pinned page keeps its granule where it is, and nothing else of the 2 MiB from coming home. */
+START_TEST(pins_stay)
+{
+	for (unsigned g = 0; g < 3; g++) {
+		struct iovec iov[1];
+		struct kage_vm *before, *clone;
+		struct bare a;
+
+		granule = (uint32_t)granules[g];
+		engine_up();
+		a = pinned_bare(iov, &before);
+		is(kage_kvm_reconcile(a.kvm, KAGE_KVM_ADOPT), 0);
+		ck_assert_uint_gt(info_of(a.kvm).adopted, 0);
+		pinned_holds(a.vm, iov, 7);
+		same(at(&a, PAGE)[0], 7);
+		for (unsigned p = 16; p < 512; p += 4)
+			at(&a, p * PAGE)[0] = 1000 + p;
+		ok(kage_vm_clone(a.vm, NULL, &clone));
+		pinned_holds(a.vm, iov, 8);
+		same(read64(clone, PAGE), 7);
+		for (unsigned p = 16; p < 512; p += 4)
+			at(&a, p * PAGE)[0] = 1000 + p;
+		ok(kage_kvm_detach(a.kvm));
+		pinned_holds(a.vm, iov, 9);
+		ok(kage_vm_unpin(a.vm, PAGE, PAGE));
+		close(a.fd);
+		ok(kage_vm_destroy(before));
+		ok(kage_vm_destroy(clone));
+		ok(kage_vm_destroy(a.vm));
+		engine_down();
+	}
+}
+END_TEST
+
+/* Pinned while soft, its neighbours elsewhere: refused as documented, and fine once it is unpinned. */
+START_TEST(scattered_pins_are_refused)
+{
+	for (unsigned g = 0; g < 3; g++) {
+		struct kage_kvm_config config;
+		struct kage_vm *vm, *clone;
+		struct kage_kvm *kvm;
+		struct iovec iov[1];
+		unsigned n = 1;
+		int fd = new_kvm();
+
+		granule = (uint32_t)granules[g];
+		config = config_of(KAGE_KVM_NATIVE);
+		engine_up();
+		vm = new_vm(2 * MIB);
+		for (unsigned p = 0; p < 512; p++)
+			write64(vm, p * PAGE, p >= 16 && p % 4 == 0 ? 1000 + p : p + 1);
+		ok(kage_vm_clone(vm, NULL, &clone));
+		ok(kage_vm_pin(vm, PAGE, PAGE, 0, iov, &n));
+		if (g) {
+			is(kage_kvm_attach(vm, fd, &config, &kvm), -EBUSY);
+			expected_errors = atomic_load(&logged_errors);
+			pinned_holds(vm, iov, 7);
+			ok(kage_vm_unpin(vm, PAGE, PAGE));
+		}
+		ok(kage_kvm_attach(vm, fd, &config, &kvm));
+		if (g)
+			ok(kage_vm_pin(vm, PAGE, PAGE, 0, iov, &n));
+		pinned_holds(vm, iov, 8);
+		ok(kage_vm_unpin(vm, PAGE, PAGE));
+		ok(kage_kvm_detach(kvm));
+		close(fd);
+		ok(kage_vm_destroy(clone));
+		ok(kage_vm_destroy(vm));
+		engine_down();
+	}
+}
+END_TEST
+
 /* What does not begin and end on granules is refused before anything happens. */
 START_TEST(odd_regions_are_refused)
 {
@@ -409,6 +507,8 @@ int main(void)
 	probe();
 	add_test(s, histories, 6);
 	add_test(s, breaks_are_widened, 1);
+	add_test(s, pins_stay, 1);
+	add_test(s, scattered_pins_are_refused, 1);
 	add_test(s, odd_regions_are_refused, 1);
 	r = srunner_create(s);
 	srunner_run_all(r, CK_NORMAL);
