@@ -162,7 +162,7 @@ static int gathered_adopt(struct kage_kvm *k)
 		return 0;
 	k->mm->mirror = NULL;
 	notify_unregister(&k->notifier);
-	return r;
+	return r == KAGE_WAIT ? -EAGAIN : r;
 }
 
 /* The guest's memory appears in windows and slots. Its family and range are held for writing. */

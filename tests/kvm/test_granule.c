@@ -471,6 +471,67 @@ START_TEST(scattered_pins_are_refused)
 }
 END_TEST
 
+static bool fetched_later;
+
+static int fetch(void *opaque, uint64_t gpa, void *page)
+{
+	if (fetched_later && gpa / PAGE == 70)
+		return KAGE_WAIT;
+	memset(page, 0x41 + (int)(gpa / PAGE % 16), PAGE);
+	return 0;
+}
+
+static void fetched_holds(struct kage_vm *vm, unsigned from, unsigned to)
+{
+	for (unsigned p = from; p < to; p++)
+		same(read64(vm, p * PAGE), 0x0101010101010101ull * (0x41 + p % 16));
+	audit();
+}
+
+/* Some pages of a granule have been fetched, and one of the others is not to be had yet: attaching waits for it with an errno. */
+START_TEST(half_fetched_granules)
+{
+	need(has(KAGE_KVM_USERFAULTFD), "no userfaultfd: nothing traps");
+	need(has(KAGE_KVM_PAGEMAP), "no pagemap: by contents it is not found what was gathered in a region that traps");
+	for (unsigned g = 0; g < 3; g++) {
+		struct kage_kvm *kvm = NULL;
+		struct kage_kvm_config config;
+		struct kage_vm *vm;
+		uint64_t word;
+		int fd = new_kvm();
+
+		granule = (uint32_t)granules[g];
+		config = config_of(KAGE_KVM_NATIVE);
+		engine_up();
+		fetched_later = false;
+		ok(kage_vm_create(engine, NULL, &vm));
+		ok(kage_vm_map(vm, KAGE_CFG(kage_region, .flags = KAGE_REGION_TRAP, .len = 2 * MIB, .touch = fetch)));
+		fetched_holds(vm, 1, 3); /* granules before that of the one that is late, and its own */
+		fetched_holds(vm, 69, 70);
+		fetched_later = true;
+		if (g) {
+			is(kage_kvm_attach(vm, fd, &config, &kvm), -EAGAIN);
+			ck_assert_ptr_null(kvm);
+			expected_errors = atomic_load(&logged_errors);
+			fetched_holds(vm, 0, 70);
+			is(kage_vm_read(vm, 70 * PAGE, &word, sizeof(word)), KAGE_WAIT);
+			fetched_later = false;
+		}
+		ok(kage_kvm_attach(vm, fd, &config, &kvm));
+		fetched_later = false;
+		ok(kage_kvm_helper_start(kvm)); /* the rest traps */
+		same(*(volatile uint8_t *)kage_kvm_window(kvm, 300 * PAGE, PAGE), 0x41 + 300 % 16);
+		fetched_holds(vm, 0, 512);
+		ok(kage_kvm_helper_stop(kvm));
+		ok(kage_kvm_detach(kvm));
+		fetched_holds(vm, 0, 512);
+		close(fd);
+		ok(kage_vm_destroy(vm));
+		engine_down();
+	}
+}
+END_TEST
+
 /* What does not begin and end on granules is refused before anything happens. */
 START_TEST(odd_regions_are_refused)
 {
@@ -509,6 +570,7 @@ int main(void)
 	add_test(s, breaks_are_widened, 1);
 	add_test(s, pins_stay, 1);
 	add_test(s, scattered_pins_are_refused, 1);
+	add_test(s, half_fetched_granules, 1);
 	add_test(s, odd_regions_are_refused, 1);
 	r = srunner_create(s);
 	srunner_run_all(r, CK_NORMAL);
