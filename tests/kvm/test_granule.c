@@ -262,11 +262,9 @@ static void one_step(unsigned i, uint32_t policy, size_t granule_bytes)
 			end_of(i);
 		break;
 	case 2:
-		if (m->pinned)
-			break;
 		if (m->attached)
 			leave(i);
-		else
+		else if (!m->pinned)
 			join(i, policy);
 		break;
 	case 3:
@@ -283,7 +281,7 @@ static void one_step(unsigned i, uint32_t policy, size_t granule_bytes)
 			ck_assert_int_ge(kage_kvm_reconcile(m->b.kvm, rnd(2) ? KAGE_KVM_ADOPT : 0), 0);
 		break;
 	case 7:
-		for (unsigned n = 0; n < 40; n++) /* scattered: whole blocks come home */
+		for (unsigned n = 0; n < 300; n++) /* scattered: whole blocks come home */
 			write_page_of(i, (unsigned)rnd(PAGES));
 		break;
 	default:
