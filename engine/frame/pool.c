@@ -102,6 +102,7 @@ static void private_init(struct pool_private *p, const struct pool_config *confi
 	long ncpu = sysconf(_SC_NPROCESSORS_CONF);
 
 	lock_init(&p->lock, RANK_POOL, 0);
+	lock_init(&p->vacating, RANK_POOL, 1);
 	p->backing = config->backing;
 	p->limit = config->memory_limit >> PAGE_SHIFT;
 	p->kept = MIN(MAX(p->limit / KEPT_SHARE, (uint64_t)KEPT_MIN), p->limit / 2);

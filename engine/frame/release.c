@@ -14,10 +14,12 @@
  *  2. only the taker of a stack follows its links: takers never meet, so pushes
  *     need no protection against ABA.
  *  3. a home slot's bits become zero after the slot is empty: who finds HOME
- *     there may use it at once.
+ *     there may use it at once. Where the host's pages are larger than frames, a piece of
+ *     one is emptied after that, while its block counts too many slots to be claimed.
  *  4. an extent outlives its pending frames: each holds a reference.
  *
- * Locks: the buddy's and the magazines', below; none is held while waiting.
+ * Locks: the buddy's and the magazines', below; none is held while waiting. priv->vacating:
+ * who empties a piece of a host page counts slots, which nobody else may be half through with.
  */
 #include "frame/private.h"
 
@@ -127,12 +129,63 @@ static void blocks_unused(struct pool *pool, pfn_t pfn, uint64_t n)
 	}
 }
 
+static uint64_t in_use(const struct pool *pool, uint64_t pfn, uint64_t n)
+{
+	uint64_t found = 0;
+
+	for (uint64_t end = pfn + n; pfn < end; pfn++) {
+		const struct frame *f = pfn_frame(pool, PFN(pfn));
+
+		found += READ_ONCE(f->refs) != 0 || READ_ONCE(f->bits) != 0;
+	}
+	return found;
+}
+
+/*
+ * Less than a page of the host. The last piece of the page takes all of it back. What no frame of it says may still
+ * be on its way: a slot that is claimed and has no reference yet, or has lost its last and is not marked. Then the
+ * block counts more slots than frames say, and the page stays. Counting beyond a block's end, nobody claims.
+ */
+static void vacate_piece(struct pool *pool, struct extent *e, pfn_t pfn, uint64_t n, uint64_t frames)
+{
+	uint64_t page = ALIGN_DOWN(pfn.v, frames), base = ALIGN_DOWN(pfn.v, BLOCK_PAGES);
+	struct block *b;
+	uint32_t used;
+
+	if (n == 0)
+		return;
+	b = pfn_block(pool, pfn);
+	used = atomic_fetch_add_explicit(&b->used, BLOCK_PAGES, memory_order_acq_rel);
+	clear_frames(pool, pfn, n, 0);
+	if (in_use(pool, page, frames) == 0 && in_use(pool, base, BLOCK_PAGES) == used - n)
+		host_punch(pool, e->home, PFN(page), frames);
+	else
+		host_punch(pool, e->home, pfn, n);
+	atomic_fetch_sub_explicit(&b->used, BLOCK_PAGES + (uint32_t)n, memory_order_release);
+}
+
+static void vacate(struct pool *pool, struct extent *e, pfn_t pfn, uint64_t n)
+{
+	uint64_t frames = host_page_size() >> PAGE_SHIFT, end = pfn.v + n;
+	uint64_t from = MIN(ALIGN_UP(pfn.v, frames), end), to = MAX(ALIGN_DOWN(end, frames), from);
+
+	if (frames > 1)
+		lock_take(&pool->priv->vacating);
+	vacate_piece(pool, e, pfn, from - pfn.v, frames);
+	if (from < to) {
+		host_punch(pool, e->home, PFN(from), to - from);
+		clear_frames(pool, PFN(from), to - from, 0);
+		blocks_unused(pool, PFN(from), to - from);
+	}
+	vacate_piece(pool, e, PFN(to), end - to, frames);
+	if (frames > 1)
+		lock_drop(&pool->priv->vacating);
+}
+
 static void give_back_extent(struct pool *pool, struct extent *e, pfn_t pfn, uint64_t n)
 {
 	if (e->kind == EXTENT_HOME) {
-		host_punch(pool, e->home, pfn, n);
-		clear_frames(pool, pfn, n, 0);
-		blocks_unused(pool, pfn, n);
+		vacate(pool, e, pfn, n);
 		atomic_fetch_add_explicit(&pool->priv->vacated, n, memory_order_relaxed);
 		pool_uncharge(pool, n);
 	} else {

@@ -2,6 +2,7 @@
 /* The pool: pfn space, extents, release, frame locks; and every failure that the host can think of. */
 #include <check.h>
 #include <dirent.h>
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -56,6 +57,19 @@ void *mmap(void *at, size_t len, int prot, int flags, int fd, off_t offset)
 		return MAP_FAILED;
 	}
 	return (void *)syscall(SYS_mmap, at, len, prot, flags, fd, offset);
+}
+
+/* A host with larger pages, as far as the library asks; 0: this one's. */
+static long host_page;
+
+long sysconf(int name)
+{
+	long (*real)(int);
+
+	if (name == _SC_PAGESIZE && host_page)
+		return host_page;
+	*(void **)&real = dlsym(RTLD_NEXT, "sysconf");
+	return real(name);
 }
 
 int mprotect(void *at, size_t len, int prot)
@@ -478,6 +492,73 @@ START_TEST(vacated_slots_read_zero)
 		ck_assert_uint_eq(stats().extents, 1);
 		ck_assert_uint_eq(defer_run(&env.defer), 1);
 		ck_assert_uint_eq(stats().extents, 0);
+		stop();
+	}
+}
+END_TEST
+
+/* What holds memory, whatever size of page the library believes in. */
+static uint64_t resident(struct extent *e)
+{
+	static unsigned char vec[2000];
+	uint64_t found = 0;
+
+	ck_assert_int_eq(mincore(pfn_hva(pool, e->base), e->npages * PAGE_SIZE, vec), 0);
+	for (uint64_t i = 0; i < e->npages; i++)
+		found += vec[i] & 1;
+	return found;
+}
+
+/* Each page leaves for itself: the last of a host page takes all of it along, and not before. */
+START_TEST(pieces_of_host_pages_come_back)
+{
+	long sizes[] = {16384, 65536};
+
+	for (int b = 0; b < 4; b++) {
+		uint64_t frames = (uint64_t)sizes[b / 2] / PAGE_SIZE, n = 1536;
+		struct extent *e;
+
+		if (sizes[b / 2] % (long)host_page_size() != 0)
+			continue; /* the host's own are larger still */
+		start(backings[b % 2]);
+		host_page = sizes[b / 2];
+		e = home(0, 0, n);
+		for (uint64_t i = 0; i < n; i++)
+			map_home(e, i, i + 1);
+		ck_assert_uint_eq(resident(e), n);
+		for (uint64_t i = 0; i < n; i++) { /* 7 and 1536 have no common divisor */
+			unmap_home(e, i * 7 % n);
+			if (i % 32 == 31)
+				pool_reap(pool);
+			if (i == n / 2)
+				for (uint64_t j = i + 1; j < n; j++)
+					ck_assert_uint_eq(*page(e, j * 7 % n), j * 7 % n + 1);
+		}
+		ck_assert_uint_eq(resident(e), 0);
+		ck_assert_uint_eq(pool_home_pages(pool), 0);
+		ck_assert_uint_eq(stats().charged, 0);
+		for (uint64_t i = 0; i < n; i++)
+			map_home(e, i, i + 1);
+		for (uint64_t i = 0; i < n; i++) /* one stays of each */
+			if (i % frames != 1)
+				unmap_home(e, i);
+		pool_reap(pool);
+		audit();
+		for (uint64_t i = 0; i < n; i++)
+			ck_assert_uint_eq(*page(e, i), i % frames == 1 ? i + 1 : 0);
+		/* a claim that has not got its reference yet, and a reference that has just gone */
+		atomic_fetch_add(&pfn_block(pool, e->base)->used, 1);
+		*page(e, 0) = 1234;
+		unmap_home(e, 1);
+		pool_reap(pool);
+		ck_assert_uint_eq(*page(e, 0), 1234);
+		atomic_fetch_sub(&pfn_block(pool, e->base)->used, 1);
+		for (uint64_t i = frames + 1; i < n; i += frames)
+			unmap_home(e, i);
+		pool_reap(pool);
+		ck_assert_uint_eq(resident(e), frames);
+		drop(e);
+		host_page = 0;
 		stop();
 	}
 }
@@ -1318,6 +1399,7 @@ int main(void)
 	tcase_add_test(tc, extent_is_freed_after_grace);
 	tcase_add_test(tc, huge_extents_come_and_go);
 	tcase_add_test(tc, vacated_slots_read_zero);
+	tcase_add_test(tc, pieces_of_host_pages_come_back);
 	tcase_add_test(tc, blocks_and_stable_frames_are_released);
 	tcase_add_test(tc, device_extents_show_files);
 	tcase_add_test(tc, device_extents_that_fail);
