@@ -24,6 +24,7 @@ struct kvm_arm_copy_mte_tags {
 	__u64 reserved[2];
 };
 #define KVM_ARM_MTE_COPY_TAGS _IOR(KVMIO, 0xb4, struct kvm_arm_copy_mte_tags)
+#define KVM_ARM_TAGS_FROM_GUEST 1
 #endif
 
 #define SCTLR_EL1 ARM64_SYS_REG(3, 0, 1, 0, 0)
@@ -55,13 +56,15 @@ int arch_vcpu_regs(int vcpufd, arch_regs *regs)
 
 /*
  * Memory tags lie beside memory, and a page that is copied or merged has to carry them: a guest that
- * has them is refused. KVM does not say whether it does, but copying the tags of no memory fails for all others.
+ * has them is refused. KVM does not say whether it does, but copying the tags of no memory is an invalid argument
+ * for all others, or unknown. Any other answer is one about tags (-EBUSY: a slot is being logged, which forbids
+ * setting them; hence reading).
  */
 static bool has_tags(int vmfd)
 {
-	struct kvm_arm_copy_mte_tags none = {.length = 0};
+	struct kvm_arm_copy_mte_tags none = {.length = 0, .flags = KVM_ARM_TAGS_FROM_GUEST};
 
-	return ioctl(vmfd, KVM_ARM_MTE_COPY_TAGS, &none) >= 0;
+	return ioctl(vmfd, KVM_ARM_MTE_COPY_TAGS, &none) >= 0 || (errno != EINVAL && errno != ENOTTY);
 }
 
 /*
