@@ -56,6 +56,9 @@ static const char no_trap[] = "the kernel offers it, but it does not work";
 static const char no_vm[] = "there is no KVM VM";
 static const char no_log[] = "KVM has no memory slots with a dirty log";
 static const char no_ring[] = "KVM has no dirty rings, or smaller ones than dirty_ring_bytes says";
+#if defined(__aarch64__)
+static const char no_ring_arm64[] = "not used on arm64: what KVM itself writes is in a bitmap, in no ring";
+#endif
 static const char no_ring_wanted[] = "not needed: dirty_ring_bytes is 0";
 static const char large_pages[] = "KVM logs pages of the host, and those are larger than 4 KiB";
 static const char no_readonly[] = "KVM has no read-only slots";
@@ -385,6 +388,10 @@ static void probe_ring(struct features *f, const struct kage_kvm_config *config,
 		set_missing(f, KAGE_KVM_DIRTY_RING, 0, no_ring_wanted);
 		return;
 	}
+#if defined(__aarch64__) /* api.rst, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: interrupt tables, written without a vCPU */
+	set_missing(f, KAGE_KVM_DIRTY_RING, EOPNOTSUPP, no_ring_arm64);
+	return;
+#endif
 	probe_one(f, KAGE_KVM_DIRTY_RING, config->dirty_ring_bytes <= MAX(strong, weak), no_ring);
 	f->dirty_ring_bytes = feature_used(f, KAGE_KVM_DIRTY_RING) ? config->dirty_ring_bytes : 0;
 	f->ring_acq_rel = weak != 0;

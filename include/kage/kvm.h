@@ -77,7 +77,11 @@ struct kage_kvm_config {
 	uint32_t feature_mask;
 	/** Mappings (VMAs) that all mirrors of the engine may have together; 0: 3/4 of vm.max_map_count. The first attach decides. */
 	uint32_t map_budget;
-	/** Size of the dirty ring of each vCPU, if the VMM enabled KVM_CAP_DIRTY_LOG_RING; else 0. See kage_kvm_add_vcpu(). */
+	/**
+	 * Size of the dirty ring of each vCPU, if the VMM enabled KVM_CAP_DIRTY_LOG_RING; else 0. See kage_kvm_add_vcpu().
+	 * arm64: rings are not used, as what KVM writes by itself (interrupt tables) is in none. Where the VMM enabled them
+	 * dirty logs report everything and the VMM resets them: leave them off, and KVM's log is used.
+	 */
 	uint32_t dirty_ring_bytes;
 	int32_t pagemap_fd, maps_fd, uffd_fd;
 	/**
