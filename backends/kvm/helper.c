@@ -115,7 +115,7 @@ static bool queue_put(struct helper *h, const struct uffd_msg *m)
 
 static void reader_take(struct helper *h, const struct uffd_msg *m)
 {
-	char *at = (char *)(uintptr_t)ALIGN_DOWN(m->arg.pagefault.address, PAGE_SIZE);
+	char *at = (char *)(uintptr_t)ALIGN_DOWN(m->arg.pagefault.address, host_page_size());
 
 	if (m->event == UFFD_EVENT_FORK) {
 		close((int)m->arg.fork.ufd); /* windows are not inherited: nothing of the child's traps */
@@ -124,7 +124,7 @@ static void reader_take(struct helper *h, const struct uffd_msg *m)
 	if (event_own(h, m))
 		return;
 	if (!queue_put(h, m) && m->event == UFFD_EVENT_PAGEFAULT)
-		uffd_wake(&h->uffd, at, PAGE_SIZE);
+		uffd_wake(&h->uffd, at, host_page_size());
 	eventfd_write(h->work, 1);
 }
 

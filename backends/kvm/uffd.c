@@ -81,7 +81,7 @@ void uffd_close(struct uffd *u)
 
 static struct uffdio_range range_of(const void *addr, size_t len)
 {
-	kage_assert((uintptr_t)addr % PAGE_SIZE == 0 && len % PAGE_SIZE == 0);
+	kage_assert((uintptr_t)addr % host_page_size() == 0 && len % host_page_size() == 0);
 	return (struct uffdio_range){.start = (uintptr_t)addr, .len = len};
 }
 
@@ -103,7 +103,7 @@ int uffd_unregister(const struct uffd *u, void *addr, size_t len)
 static int write_protect(const struct uffd *u, char *addr, size_t len, uint64_t mode)
 {
 	struct uffdio_writeprotect arg = {.range = range_of(addr, len), .mode = mode};
-	size_t half = len / 2 & ~(size_t)(PAGE_SIZE - 1);
+	size_t half = ALIGN_DOWN(len / 2, host_page_size());
 	int r = ioctl(u->fd, UFFDIO_WRITEPROTECT, &arg) == 0 ? 0 : -errno;
 
 	if (r != -ENOENT || !half)

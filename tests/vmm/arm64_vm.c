@@ -81,11 +81,10 @@ int vmm_arch_irq(struct vmm *vmm, unsigned gsi, bool level)
 /* To where all observers look (Arm ARM, B2.8: mismatched memory attributes). Linux lets processes do that. */
 void vmm_arch_wrote(struct vmm *vmm, uint64_t gpa, size_t len)
 {
-	char *at = vmm_ptr(vmm, gpa, len);
-	size_t i;
+	char *at = vmm_ptr(vmm, gpa, len), *end = at != NULL ? at + len : NULL, *line;
 
-	for (i = 0; at != NULL && i < len; i += CACHE_LINE)
-		__asm__ volatile("dc cvac, %0" : : "r"(at + i) : "memory");
+	for (line = (char *)((uintptr_t)at & ~(uintptr_t)(CACHE_LINE - 1)); line < end; line += CACHE_LINE)
+		__asm__ volatile("dc cvac, %0" : : "r"(line) : "memory");
 	__asm__ volatile("dsb ish" : : : "memory");
 }
 
