@@ -160,7 +160,7 @@ static int gathered_adopt(struct kage_kvm *k)
 	k->mirror.blocks = blocks;
 	if (r == 0)
 		return 0;
-	k->mm->mirror = NULL;
+	store_release(&k->mm->mirror, NULL);
 	notify_unregister(&k->notifier);
 	return r == KAGE_WAIT ? -EAGAIN : r;
 }
@@ -203,7 +203,7 @@ static int attach_held(struct kage_kvm *k)
 	if (r)
 		return r;
 	window_commit(&k->mirror, mm->regions);
-	mm->mirror = &k->mirror;
+	store_release(&mm->mirror, &k->mirror);
 	return k->gathered ? gathered_adopt(k) : 0;
 }
 
@@ -330,7 +330,7 @@ static int kvm_detach(struct kage_kvm *k)
 		kvm_mirror_ops.harvest(&k->mirror, GFN(0), GFN((uint64_t)1 << GFN_BITS));
 	r = mm_adopt_diverged(mm, GFN(0), GFN((uint64_t)1 << GFN_BITS));
 	if (r == 0) {
-		mm->mirror = NULL;
+		store_release(&mm->mirror, NULL);
 		notify_unregister(&k->notifier);
 	} else {
 		k->mirror.blocks = blocks;

@@ -101,18 +101,20 @@ static int read_window(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_
 static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t len)
 {
 	const struct region *reg;
+	struct mirror *m;
 	struct mm_lookup l;
 	int r = KAGE_OK;
 
 	rcu_enter();
 	reg = mm_region(mm, gfn);
 	l = mm_lookup(mm, gfn);
+	m = load_acquire(&mm->mirror);
 	if (!reg || !(reg->prot & KAGE_READ)) {
 		r = KAGE_MMIO;
-	} else if (mm_native(mm) && !l.writable) {
+	} else if (m && !READ_ONCE(m->exact) && !l.writable) {
 		rcu_leave();
 		return read_window(mm, gfn, offset, buf, len);
-	} else if (entry_is_leaf(l.entry) && !l.writable && mm->mirror && atomic_load(&mm->mirror->unsettled)) {
+	} else if (entry_is_leaf(l.entry) && !l.writable && m && atomic_load(&m->unsettled)) {
 		r = READ_UNSETTLED;
 	} else if (entry_is_leaf(l.entry)) {
 		r = read_frame(mm, gfn, &l, offset, buf, len);
@@ -168,7 +170,7 @@ static bool read_file_page(struct mm *mm, gfn_t gfn, void *page)
 	reg = mm_region(mm, gfn);
 	l = mm_lookup(mm, gfn);
 	if (reg && reg->prot & KAGE_READ && reg->kind != KAGE_REGION_ANON &&
-	    (reg->kind == KAGE_REGION_FOREIGN || !mm->mirror))
+	    (reg->kind == KAGE_REGION_FOREIGN || !load_acquire(&mm->mirror)))
 		e = atomic_load(&((struct region *)reg)->extent);
 	if (e && !entry_is_none(l.entry) && !(entry_is_leaf(l.entry) && pfn_eq(l.pfn, extent_pfn(e, gfn))))
 		e = NULL;

@@ -106,7 +106,7 @@ struct mirror {
 /* The kernel may have broken COW: contents are read through the window. */
 static inline bool mm_native(const struct mm *mm)
 {
-	const struct mirror *m = READ_ONCE(mm->mirror);
+	const struct mirror *m = load_acquire(&mm->mirror);
 
 	return m && !READ_ONCE(m->exact);
 }
@@ -114,7 +114,7 @@ static inline bool mm_native(const struct mm *mm)
 /* Its pages come and go by granules of several: nothing else may be done with one of them. */
 static inline bool mm_coarse(const struct mm *mm)
 {
-	const struct mirror *m = READ_ONCE(mm->mirror);
+	const struct mirror *m = load_acquire(&mm->mirror);
 
 	return m && m->granule > 1;
 }

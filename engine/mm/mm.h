@@ -150,7 +150,7 @@ struct mm {
 	void *owner; /* the API's object */
 	void *merge; /* what merging knows of this guest */
 	bool leaving; /* merging has let go of it for good */
-	struct mirror *mirror; /* NULL: none (mm/mirror.h). Changes with family and range held for writing */
+	struct mirror *mirror; /* NULL: none (mm/mirror.h). Changes with family and range held for writing; reads without them acquire */
 	struct notify notify;
 };
 
