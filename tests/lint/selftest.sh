@@ -56,6 +56,8 @@ fresh_atomics() {
 	printf 'int mm_g(int *p)\n{\n\treturn load_acquire(p);\n}\n' >>"$tmp/tree/engine/mm/m.c"
 	printf '## Memory ordering\n| where | partner | what breaks |\n|---|---|---|\n| mm/m.c `mm_g()` | frame/f.c `frame_f()` | x |\n' \
 		>"$tmp/tree/engine/README.md"
+	mkdir -p "$tmp/tree/tests/lint"
+	printf 'frame/f.c frame_f(): none\nmm/m.c mm_g(): acquire 1\n' >"$tmp/tree/tests/lint/orders.txt"
 }
 plant() { printf '%s\n' "$2" >>"$tmp/tree/$1"; }
 
@@ -90,6 +92,13 @@ atomics "a place that is not in the table" 1 "engine/mm/m.c:13: mm_h() orders me
 fresh_atomics
 plant engine/README.md '| mm/m.c `mm_gone()` | - | x |'
 atomics "a row for a place that is gone" 1 "engine/README.md: mm/m.c has no mm_gone()"
+fresh_atomics
+sed 's/load_acquire(p)/READ_ONCE(*p)/' "$tmp/tree/engine/mm/m.c" >"$tmp/weak" && cp "$tmp/weak" "$tmp/tree/engine/mm/m.c"
+atomics "an order that is weakened" 1 "mm/m.c mm_g() has none; the list says acquire 1"
+fresh_atomics
+sed 's/return load_acquire(p)/atomic_thread_fence(memory_order_release); &/' "$tmp/tree/engine/mm/m.c" >"$tmp/more" &&
+	cp "$tmp/more" "$tmp/tree/engine/mm/m.c"
+atomics "one more fence" 1 "mm/m.c mm_g() has fence 1, acquire 1, release 1; the list says acquire 1"
 fresh_atomics
 plant engine/mm/m.c 'static volatile int mm_word; /* volatile */'
 atomics "volatile" 1 "m.c:13: volatile is no atomic"
