@@ -114,8 +114,12 @@ static int access_one(struct access *a)
 	for (;;) {
 		int r = ensure(a, a->gva, 0);
 
-		if (r == SHADOW_EMULATE)
-			return store_watched(a);
+		if (r == SHADOW_EMULATE) {
+			r = store_watched(a);
+			if (r != KAGE_RETRY)
+				return r;
+			continue;
+		}
 		if (r)
 			return r;
 		if (transfer(a, a->len))

@@ -199,4 +199,5 @@ const struct soft_arch soft_arm64 = {
     .set_regs = arm64_set_regs,
     .mode = arm64_mode_of,
     .asid_valid = arm64_asid_valid,
+    .broadcasts = true,
 };

@@ -4,7 +4,9 @@
  *
  * TLB entries never outlive the shadow entries they came from, and those of
  * watched tables follow every write at once. What is left for a flush is to
- * re-read the tables that are out of sync; contexts keep their ids.
+ * re-read the tables that are out of sync; contexts keep their ids. Where a flush
+ * is for all vCPUs (arm64), what the others still do by translations that are gone
+ * ends before it returns: the guest may give the page away next.
  *
  * Locks: none held; the shadow MMU takes its own.
  */
@@ -58,6 +60,8 @@ int kage_vcpu_flush(struct kage_vcpu *v, const struct kage_flush *flush)
 		r = -EINVAL;
 		break;
 	}
+	if (!r && v->arch->broadcasts)
+		r = shadow_broadcast(v->cpu.shadow);
 	slow_end(v, win);
 	return r;
 }

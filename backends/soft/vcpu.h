@@ -60,6 +60,7 @@ struct soft_arch {
 	int (*set_regs)(struct kage_vcpu *v, const void *regs);
 	struct pt_guest (*mode)(const struct kage_vcpu *v);
 	bool (*asid_valid)(const struct kage_vcpu *v, uint64_t asid);
+	bool broadcasts; /* a flush is for all vCPUs of the guest */
 	int (*flush_cr3)(struct kage_vcpu *v, uint64_t value); /* NULL: there is no such flush */
 };
 

@@ -210,6 +210,7 @@ struct shadow {
 
 	uint64_t write_gen;
 	uint64_t dirty_seq;
+	uint64_t broadcasts; /* shadow_broadcast() calls: stores to watched pages resolved before are void */
 	_Atomic uint64_t flushed_seq;
 	struct inflight inflight[INFLIGHT_MAX];
 	unsigned ninflight;

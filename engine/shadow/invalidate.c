@@ -18,7 +18,8 @@
  * path has its vCPU's window closed: its own vCPU needs no barrier.
  *
  * Tags are overwritten without a barrier where hardware would owe none (a
- * guest's table write, eviction). dirty_seq remembers it, so that the next
+ * guest's table write, eviction, a flush of one CPU's own TLB). A flush that is
+ * for all vCPUs owes it at its end (shadow_broadcast()). dirty_seq remembers it, so that the next
  * change of the primary table waits although it finds no entry (KVM calls the
  * same thing tlbs_dirty).
  *
@@ -231,6 +232,17 @@ int shootdown(struct shadow *s, bool blockable)
 	seq = s->dirty_seq;
 	lock_drop(&s->lock);
 	return shootdown_seq(s, seq, blockable);
+}
+
+int shadow_broadcast(struct shadow *s)
+{
+	uint64_t seq;
+
+	lock_take(&s->lock);
+	s->broadcasts++;
+	seq = s->dirty_seq;
+	lock_drop(&s->lock);
+	return shootdown_seq(s, seq, true);
 }
 
 /* -- what a change takes ------------------------------------------------------- */

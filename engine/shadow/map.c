@@ -117,8 +117,10 @@ static enum map_step check_watched(struct map *m, struct chunk *c)
 			return MAP_CODE;
 		if (!chunk_tracked(c, m->gfn))
 			return MAP_DONE;
-		if (!(m->flags & SHADOW_UNTRACK))
+		if (!(m->flags & SHADOW_UNTRACK)) {
+			m->cpu->resolved = s->broadcasts;
 			return MAP_EMULATE;
+		}
 		gfn_unsync(s, m->gfn);
 		return MAP_AGAIN;
 	}

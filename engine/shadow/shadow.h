@@ -72,6 +72,7 @@ struct shadow_cpu {
 	uint64_t role[PT_ROOTS];    /* of its roots */
 	bool direct_used;	    /* its TLB may hold translations from paging off */
 	struct shadow_page *root[PT_ROOTS]; /* NULL: to be looked up. Under the shadow lock */
+	uint64_t resolved;	    /* shadow->broadcasts when SHADOW_EMULATE was found */
 	struct notify_reader reader;
 };
 
@@ -117,8 +118,8 @@ int shadow_translate(struct shadow_cpu *cpu, uint64_t gva, uint32_t access, stru
 
 /* -- writes that are watched (track.c) ------------------------------------ */
 
-/* A vCPU's store to a watched page, within the page; then shadow_written(). Results of mm_fault() but
- * KAGE_RETRY. */
+/* A vCPU's store to a watched page, within the page, right after SHADOW_EMULATE; then shadow_written(). Results of
+ * mm_fault(); KAGE_RETRY: a broadcast came between, ask shadow_fault() again. */
 int shadow_store(struct shadow_cpu *cpu, gpa_t gpa, const void *buf, size_t len);
 /* Bytes of guest memory were written other than by a TLB hit: tables and code follow. */
 void shadow_written(struct shadow *s, gpa_t gpa, uint64_t len);
@@ -126,6 +127,8 @@ void shadow_written(struct shadow *s, gpa_t gpa, uint64_t len);
 int shadow_sync_page(struct shadow_cpu *cpu, uint64_t gva);
 /* Any flush of more than a page. */
 int shadow_sync_all(struct shadow *s);
+/* After a flush that is for all vCPUs: none uses what it dropped once this returns. 0, -ETIMEDOUT, -EDEADLK. */
+int shadow_broadcast(struct shadow *s);
 
 /* -- audit and dump (audit.c, dump.c) ------------------------------------- */
 

@@ -325,11 +325,26 @@ void shadow_written(struct shadow *s, gpa_t gpa, uint64_t len)
 	}
 }
 
+/* Stores by a translation that no broadcast has ended: one that comes waits for the lock. */
+static bool store_resolved(struct shadow_cpu *cpu, void *to, const void *buf, size_t len)
+{
+	struct shadow *s = cpu->shadow;
+	bool valid;
+
+	lock_take(&s->lock);
+	valid = cpu->resolved == s->broadcasts;
+	if (valid)
+		guest_copy(to, buf, len);
+	lock_drop(&s->lock);
+	return valid;
+}
+
 int shadow_store(struct shadow_cpu *cpu, gpa_t gpa, const void *buf, size_t len)
 {
 	struct shadow *s = cpu->shadow;
 	gfn_t gfn = gpa_gfn(gpa);
 	struct mm_fault f = {.gfn = gfn, .access = KAGE_WRITE, .reader = &cpu->reader};
+	bool valid = true;
 	int r;
 
 	do {
@@ -338,12 +353,13 @@ int shadow_store(struct shadow_cpu *cpu, gpa_t gpa, const void *buf, size_t len)
 		if (!r && !notify_read_hold(&cpu->reader))
 			r = KAGE_RETRY;
 		if (!r)
-			guest_copy((char *)pfn_hva(s->mm->host->pool, f.pfn) + gpa_offset(gpa), buf, len);
+			valid = store_resolved(cpu, (char *)pfn_hva(s->mm->host->pool, f.pfn) + gpa_offset(gpa),
+					       buf, len);
 		notify_read_end(&cpu->reader);
 	} while (r == KAGE_RETRY);
-	if (!r)
+	if (!r && valid)
 		shadow_written(s, gpa, len);
-	return r;
+	return r || valid ? r : KAGE_RETRY;
 }
 
 /* -- the guest's flushes ------------------------------------------------------ */

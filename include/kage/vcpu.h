@@ -186,7 +186,7 @@ KAGE_API void kage_vcpu_enter(struct kage_vcpu *vcpu);
 /** Closes it. Also tells the engine that this vCPU is idle: call it before the thread sleeps. */
 KAGE_API void kage_vcpu_leave(struct kage_vcpu *vcpu);
 
-/** For arm64, the inner shareable forms of TLBI: one vCPU of the guest makes the call for all. */
+/** For arm64, the inner shareable forms of TLBI with their DSB: one vCPU of the guest makes the call for all. */
 enum kage_flush_kind {
 	KAGE_FLUSH_ALL = 0,  /**< everything, global pages too. arm64: TLBI VMALLE1 */
 	KAGE_FLUSH_PAGE = 1, /**< INVLPG: `gva`, in all address spaces. arm64: TLBI VAAE1 */
@@ -207,6 +207,10 @@ struct kage_flush {
 /**
  * What the guest's flush instructions do. Returns KAGE_OK, -EINVAL, -E2BIG; KAGE_FLUSH_CR3 with PAE paging
  * also what kage_vcpu_set_regs() returns then. Outside a window of use.
+ *
+ * arm64: returns when no other vCPU uses a translation that is gone, so it waits for their windows of use
+ * (kage_vcpu_wanted()), and may return -ETIMEDOUT (one stayed open) or -EDEADLK (the calling thread has another
+ * vCPU's open). New accesses do not find what was flushed even then.
  */
 KAGE_API int kage_vcpu_flush(struct kage_vcpu *vcpu, const struct kage_flush *flush);
 

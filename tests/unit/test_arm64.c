@@ -5,6 +5,9 @@
  * roots, tags, flushes, switches. Expected values are the Arm ARM's (D8, D17.2).
  */
 #include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include "guest_tables.h"
 
 #define VALID	  1ull
@@ -619,6 +622,87 @@ START_TEST(test_new_ways)
 }
 END_TEST
 
+/* -- a flush is for all ---------------------------------------------------- */
+
+static struct kage_vcpu *peer;
+static atomic_bool holding, flushed; /* the peer has a pointer; the flush has returned */
+static bool asked;
+
+/* Keeps a pointer until somebody waits for the window, or the flush has come back without. */
+static void *keep_pointer(void *arg)
+{
+	uint64_t *to = arg;
+	void *p;
+
+	kage_vcpu_enter(peer);
+	ck_assert_int_eq(kage_vcpu_ptr(peer, GVA, 8, KAGE_WRITE, &p, NULL), KAGE_OK);
+	atomic_store(&holding, true);
+	while (!(asked = kage_vcpu_wanted(peer)) && !atomic_load(&flushed))
+		sched_yield();
+	__atomic_store_n((uint64_t *)p, *to, __ATOMIC_RELAXED);
+	kage_vcpu_leave(peer);
+	return NULL;
+}
+
+static int flush_result(struct kage_vcpu *cpu, uint32_t kind)
+{
+	return kage_vcpu_flush(cpu, KAGE_CFG(kage_flush, .kind = kind, .gva = GVA, .asid = 5));
+}
+
+/* Who has flushed may give the page away: nobody stores by the old translation after it. */
+START_TEST(test_flush_waits_for_all)
+{
+	static const uint32_t kinds[] = {KAGE_FLUSH_ALL, KAGE_FLUSH_PAGE, KAGE_FLUSH_ASID, KAGE_FLUSH_PAGE_ASID};
+
+	for (unsigned i = 0; i < 4; i++) {
+		uint64_t value = 0xdead;
+		pthread_t thread;
+		int r;
+
+		start_unsync();
+		peer = cpu_with(0xfff, 52);
+		ck_assert_int_eq(kage_vcpu_set_regs(peer, &arm, sizeof(arm)), KAGE_OK);
+		atomic_store(&holding, false);
+		atomic_store(&flushed, false);
+		ck_assert_int_eq(pthread_create(&thread, NULL, keep_pointer, &value), 0);
+		while (!atomic_load(&holding))
+			sched_yield();
+		cpu_store(g.cpu, WINDOW, 0);
+		do
+			r = flush_result(g.cpu, kinds[i]);
+		while (r == -ETIMEDOUT);
+		ck_assert_int_eq(r, KAGE_OK);
+		guest_w64(&g, 0x2001000, 0x1111);
+		atomic_store(&flushed, true);
+		ck_assert_int_eq(pthread_join(thread, NULL), 0);
+		ck_assert(asked);
+		ck_assert_uint_eq(guest_r64(&g, 0x2001000), 0x1111);
+		kage_vcpu_destroy(peer);
+		stop();
+	}
+}
+END_TEST
+
+/* Waiting for a window of the thread's own would be for ever. */
+START_TEST(test_flush_within_a_window)
+{
+	void *p;
+
+	start_unsync();
+	peer = cpu_with(0xfff, 52);
+	ck_assert_int_eq(kage_vcpu_set_regs(peer, &arm, sizeof(arm)), KAGE_OK);
+	kage_vcpu_enter(peer);
+	ck_assert_int_eq(kage_vcpu_ptr(peer, GVA, 8, KAGE_READ, &p, NULL), KAGE_OK);
+	cpu_store(g.cpu, WINDOW, 0);
+	ck_assert_int_eq(flush_result(g.cpu, KAGE_FLUSH_PAGE), -EDEADLK);
+	kage_vcpu_leave(peer);
+	ck_assert_int_eq(flush_result(g.cpu, KAGE_FLUSH_PAGE), KAGE_OK);
+	aborts(GVA, KIND_LOAD, TRANSLATION(3), 0);
+	kage_vcpu_destroy(peer);
+	stop();
+}
+END_TEST
+
 int main(void)
 {
 	Suite *s = suite_create("arm64");
@@ -642,6 +726,8 @@ int main(void)
 	tcase_add_test(all, test_relinked);
 	tcase_add_test(all, test_table_reused);
 	tcase_add_test(all, test_new_ways);
+	tcase_add_test(all, test_flush_waits_for_all);
+	tcase_add_test(all, test_flush_within_a_window);
 	suite_add_tcase(s, all);
 	r = srunner_create(s);
 	srunner_run_all(r, CK_NORMAL);
