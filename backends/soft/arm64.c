@@ -5,8 +5,9 @@
  *      bit 55 of an address   clear: TTBR0, T0SZ, TG0 ...   set: TTBR1, T1SZ, TG1 ...
  *      64 - TxSZ              how many bits of address that half has; so where walks begin
  *
- * ASIDs are not looked at: tables are found by their address, and what the
- * shadow MMU keeps of tables that no vCPU uses stays right. TTBRn.CnP, the
+ * ASIDs do not tell translations apart: tables are found by their address. What
+ * is out of sync may hold what another ASID alone can have cached, so a change of
+ * TTBRn or TCR re-reads it. TTBRn.CnP, the
  * cacheability fields and features that struct kage_arm64_regs does not name are
  * ignored.
  *
@@ -153,8 +154,8 @@ static struct pt_guest arm64_mode_of(const struct kage_vcpu *v)
 }
 
 /*
- * Nothing is flushed: what changes with TTBRn, TCR or SCTLR is another root or
- * another context, and the architecture wants a TLBI for the rest.
+ * Nothing else is flushed: what changes with TTBRn, TCR or SCTLR is another root
+ * or another context, and the architecture wants a TLBI for the rest.
  */
 static int arm64_set_regs(struct kage_vcpu *v, const void *regs)
 {
@@ -164,6 +165,8 @@ static int arm64_set_regs(struct kage_vcpu *v, const void *regs)
 		return -EINVAL;
 	if (r->sctlr & SCTLR_EE)
 		return -EOPNOTSUPP;
+	if (r->ttbr0 != v->arm64.ttbr0 || r->ttbr1 != v->arm64.ttbr1 || r->tcr != v->arm64.tcr)
+		shadow_sync_all(v->cpu.shadow);
 	v->arm64 = *r;
 	for (unsigned n = 0; n < ARRAY_SIZE(halves); n++)
 		v->tagged[n] = r->tcr >> halves[n].tbi & 1;

@@ -217,12 +217,15 @@ static struct pt_guest x86_mode_of(const struct kage_vcpu *v)
 
 /* -- changes -------------------------------------------------------------------- */
 
-/* SMAP, PKE and WP flush nothing: they are looked up at the fill of a context of their own. */
-static bool flushes(const struct kage_x86_regs *old, const struct kage_x86_regs *new, bool noflush)
+/*
+ * SMAP, PKE and WP flush nothing: they are looked up at the fill of a context of their own. Bit 63 of CR3 does not
+ * spare tables that are out of sync: the new PCID may never have seen what they held before.
+ */
+static bool flushes(const struct kage_x86_regs *old, const struct kage_x86_regs *new)
 {
 	uint64_t cr4 = CR4_PSE | CR4_PGE | CR4_PAE | CR4_PCIDE | CR4_SMEP | CR4_LA57;
 
-	return ((old->cr3 ^ new->cr3) && !noflush) || ((old->cr0 ^ new->cr0) & CR0_PG) ||
+	return (old->cr3 ^ new->cr3) || ((old->cr0 ^ new->cr0) & CR0_PG) ||
 	       ((old->cr4 ^ new->cr4) & cr4) || ((old->efer ^ new->efer) & EFER_NXE);
 }
 
@@ -264,7 +267,7 @@ static int take_regs(struct kage_vcpu *v, struct kage_x86_regs regs, bool mov_cr
 		memcpy(pdpte, v->pdpte, sizeof(pdpte));
 	if (r)
 		return r;
-	if (flushes(&v->x86, &regs, noflush) || (mov_cr3 && !noflush))
+	if (flushes(&v->x86, &regs) || (mov_cr3 && !noflush))
 		shadow_sync_all(v->cpu.shadow);
 	v->x86 = regs;
 	memcpy(v->pdpte, pdpte, sizeof(pdpte));

@@ -622,6 +622,25 @@ START_TEST(test_new_ways)
 }
 END_TEST
 
+/* A PTE changes; an ASID that nobody has used since cannot have the old one, whichever register names it. */
+START_TEST(test_new_asid)
+{
+	for (unsigned way = 0; way < 3; way++) {
+		start_unsync();
+		cpu_store(g.cpu, WINDOW, PAGE_B | NG);
+		if (way == 0)
+			arm.ttbr0 = root | 6ull << 48;
+		else if (way == 1)
+			arm.ttbr1 |= 6ull << 48;
+		else
+			arm.tcr |= 1 << 22; /* A1: TTBR1's */
+		regs();
+		ck_assert_uint_eq(cpu_load(g.cpu, GVA), 0xbb);
+		stop();
+	}
+}
+END_TEST
+
 /* -- a flush is for all ---------------------------------------------------- */
 
 static struct kage_vcpu *peer;
@@ -726,6 +745,7 @@ int main(void)
 	tcase_add_test(all, test_relinked);
 	tcase_add_test(all, test_table_reused);
 	tcase_add_test(all, test_new_ways);
+	tcase_add_test(all, test_new_asid);
 	tcase_add_test(all, test_flush_waits_for_all);
 	tcase_add_test(all, test_flush_within_a_window);
 	suite_add_tcase(s, all);

@@ -464,6 +464,23 @@ START_TEST(test_pcid)
 }
 END_TEST
 
+/* A PTE changes; a PCID that was never used cannot have the old one, bit 63 or not. */
+START_TEST(test_new_pcid)
+{
+	uint64_t root = guest_long_mode(&g, 4), at, pte;
+
+	g.regs.cr4 |= 1 << 17;
+	ck_assert_int_eq(guest_set_regs(&g), KAGE_OK);
+	pte = make_unsync(root, &at);
+	cpu_store(g.cpu, 0x400000, 1);
+	cpu_store(g.cpu, pte, 0x2001000 | PTE_P | PTE_W);
+	g.regs.cr3 = root | 6 | 1ull << 63;
+	ck_assert_int_eq(guest_set_regs(&g), KAGE_OK);
+	cpu_store(g.cpu, 0x400000, 2);
+	ck_assert_uint_eq(guest_r64(&g, 0x2001000), 2);
+}
+END_TEST
+
 /* Unmapped as Linux does: entries, their table, the flush by address. Then the table serves elsewhere. */
 START_TEST(test_unsync_table_reused)
 {
@@ -964,6 +981,7 @@ static Suite *suite(void)
 	tcase_add_test(t, test_unsync_tables);
 	tcase_add_test(t, test_context_switch);
 	tcase_add_test(t, test_pcid);
+	tcase_add_test(t, test_new_pcid);
 	tcase_add_test(t, test_unsync_table_reused);
 	tcase_add_test(t, test_table_is_data_again);
 	tcase_add_test(t, test_discard_and_clone_under_tables);
