@@ -80,14 +80,14 @@ static struct pt_params params_of(const struct kage_vcpu *v, const struct half *
 {
 	struct pt_params p = {
 	    .ds = is_lpa2(v, granule),
-	    .lpa = granule == 16 && has(v, KAGE_ARM64_LPA),
+	    .lpa = granule == 16 && has(v, KAGE_ARM64_LPA) && v->phys_bits == 52,
 	    .ha = has(v, KAGE_ARM64_HAF) && (v->arm64.tcr & TCR_HA),
 	    .hpd = has(v, KAGE_ARM64_HPDS) && (v->arm64.tcr >> h->hpd & 1),
 	};
 	unsigned most = p.ds || p.lpa ? 52 : 48;
 
 	p.hd = p.ha && has(v, KAGE_ARM64_HD) && (v->arm64.tcr & TCR_HD);
-	p.giant = p.lpa && v->phys_bits == 52;
+	p.giant = p.lpa;
 	p.phys_bits = (uint8_t)MIN(MIN(ips_bits(v), v->phys_bits), most);
 	return p;
 }

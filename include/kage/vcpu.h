@@ -42,7 +42,7 @@ enum kage_arm64_feature {
 	KAGE_ARM64_EPAN = 1u << 3,    /**< FEAT_PAN3: SCTLR_EL1.EPAN */
 	KAGE_ARM64_HPDS = 1u << 4,    /**< FEAT_HPDS: TCR_EL1.HPD0 and HPD1 switch table attributes off */
 	KAGE_ARM64_LVA = 1u << 5,     /**< 52-bit virtual addresses with 64K granules */
-	KAGE_ARM64_LPA = 1u << 6,     /**< 52-bit physical addresses with 64K granules */
+	KAGE_ARM64_LPA = 1u << 6,     /**< 52-bit physical addresses with 64K granules; counts with phys_bits 52 only */
 	KAGE_ARM64_LPA2 = 1u << 7,    /**< 52-bit both with 4K and 16K granules (TCR_EL1.DS) */
 	KAGE_ARM64_ASID16 = 1u << 8,  /**< 16-bit ASIDs */
 	KAGE_ARM64_TTST = 1u << 9,    /**< FEAT_TTST: small tables, TxSZ up to 48 (47 for 64K) */

@@ -447,6 +447,31 @@ START_TEST(test_large_addresses)
 }
 END_TEST
 
+/* LPA on a CPU with 48 bits of address: bits 15:12 of an entry of 64K, or of TTBR0 5:2, are no address. */
+START_TEST(test_lpa_needs_52_bits)
+{
+	struct kage_fault f;
+
+	start();
+	guest_w64(&g, 0x2005008, 77);
+	guest_w64(&g, 0x1000000, 0x1010000 | 3ull << 12 | NEXT);
+	guest_w64(&g, 0x1010000, 0x2000000 | 5ull << 12 | PAGE);
+	arm.tcr = 22 | TCR_TG0(1) | TCR_IPS(6) | TCR_EPD1;
+	arm.ttbr0 = 0x1000000;
+	regs();
+	ck_assert_int_eq(try(0x5008, KIND_LOAD, &f), KAGE_MMIO); /* with 52 they are: the table is in no memory */
+	ck_assert_uint_eq(f.gpa, 3ull << 48 | 0x1010000);
+	kage_vcpu_destroy(g.cpu);
+	g.cpu = cpu_with(0xfff, 48);
+	regs();
+	ck_assert_uint_eq(cpu_load(g.cpu, 0x5008), 77);
+	arm.ttbr0 |= 1ull << 2;
+	regs();
+	ck_assert_uint_eq(cpu_load(g.cpu, 0x5008), 77);
+	stop();
+}
+END_TEST
+
 START_TEST(test_config)
 {
 	struct kage_vcpu *cpu = NULL;
@@ -739,6 +764,7 @@ int main(void)
 	tcase_add_test(all, test_tags);
 	tcase_add_test(all, test_off);
 	tcase_add_test(all, test_large_addresses);
+	tcase_add_test(all, test_lpa_needs_52_bits);
 	tcase_add_test(all, test_config);
 	tcase_add_test(all, test_table_of_frames);
 	tcase_add_test(all, test_broadcast);
