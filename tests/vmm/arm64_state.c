@@ -156,7 +156,7 @@ static int save_vcpu(struct vmm *vmm, struct vmm_state *state, unsigned i)
 	return read_registers(state, to, vcpu->fd);
 }
 
-static int save_all(struct vmm *vmm, struct vmm_state *state)
+int vmm_arch_save(struct vmm *vmm, struct vmm_state *state)
 {
 	unsigned i;
 	int r = 0;
@@ -175,35 +175,9 @@ static int save_all(struct vmm *vmm, struct vmm_state *state)
 	return r;
 }
 
-static bool whole(struct vmm *vmm)
+struct vmm_state *vmm_arch_state(const struct vmm *vmm)
 {
-	bool yes = true;
-	unsigned i;
-
-	pthread_mutex_lock(&vmm->lock);
-	for (i = 0; i < vmm->vcpus; i++)
-		yes = yes && vmm->vcpu[i]->state != VMM_RUNNING && vmm->vcpu[i]->state != VMM_OUTSIDE;
-	pthread_mutex_unlock(&vmm->lock);
-	return yes;
-}
-
-int vmm_state_save(struct vmm *vmm, struct vmm_state **out)
-{
-	struct vmm_state *state;
-	int r;
-
-	if (!whole(vmm))
-		return -EBUSY;
-	state = calloc(1, sizeof(*state) + vmm->vcpus * sizeof(state->vcpu[0]));
-	if (state == NULL)
-		return -ENOMEM;
-	r = save_all(vmm, state);
-	if (r < 0) {
-		vmm_state_destroy(state);
-		return r;
-	}
-	*out = state;
-	return 0;
+	return calloc(1, sizeof(struct vmm_state) + vmm->vcpus * sizeof(struct vcpu_state));
 }
 
 void vmm_state_destroy(struct vmm_state *state)

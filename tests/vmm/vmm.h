@@ -325,7 +325,7 @@ void vmm_serial_destroy(struct vmm_serial *serial);
 /* Bytes for the guest to read. Returns how many the FIFO took. Any thread. */
 size_t vmm_serial_input(struct vmm_serial *serial, const void *bytes, size_t n);
 
-/* -- x86_state.c, arm64_state.c: everything but memory ------------------------------------------------------------- */
+/* -- state.c, x86_state.c, arm64_state.c: everything but memory ---------------------------------------------------- */
 
 /* Takes the state of a VM; parked. What KVM cannot give is left out and counted. */
 int vmm_state_save(struct vmm *vmm, struct vmm_state **out);
