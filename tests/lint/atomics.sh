@@ -15,36 +15,14 @@
 # or is weakened is seen. "none": it is named for what the functions that it calls do.
 # list: prints the places; counts: what orders.txt should say. Prints each violation; exits 1 if any.
 set -u
+code=$(cat "$(dirname "$0")/code.awk") || exit 2
 cd "$1" || exit 2
 mode=${2:-check}
 
-find engine backends include -name '*.[ch]' | LC_ALL=C sort | xargs awk -v readme=engine/README.md -v mode="$mode" -v counts=tests/lint/orders.txt '
+find engine backends include -name '*.[ch]' | LC_ALL=C sort | xargs awk -v readme=engine/README.md -v mode="$mode" -v counts=tests/lint/orders.txt "$code"'
 function bad(text) {
 	print text
 	failures++
-}
-# The line without comments and with empty string literals.
-function code(line,    i, before) {
-	gsub(/"([^"\\]|\\.)*"/, "\"\"", line)
-	if (in_comment) {
-		i = index(line, "*/")
-		if (!i)
-			return ""
-		line = substr(line, i + 2)
-		in_comment = 0
-	}
-	while (i = index(line, "/*")) {
-		before = substr(line, 1, i - 1)
-		line = substr(line, i + 2)
-		i = index(line, "*/")
-		if (!i) {
-			in_comment = 1
-			return before
-		}
-		line = before " " substr(line, i + 2)
-	}
-	sub(/\/\/.*/, "", line)
-	return line
 }
 # engine/notify/range.c: notify/range.c
 function short(path) {

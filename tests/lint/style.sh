@@ -9,39 +9,17 @@
 # env_alloc(), nothing that prints or ends the process, assertions only through
 # kage_assert(). Prints each violation; exits 1 if any.
 set -u
+code=$(cat "$(dirname "$0")/code.awk") || exit 2
 root=$1
 
 cd "$root" || exit 2
 find . \( -name '.git' -o -name 'build*' -o -name '.cache' \) -prune -o -type f \
 	\( -name '*.[ch]' -o -name '*.cpp' -o -name '*.cc' -o -name '*.sh' -o -name '*.awk' -o -name '*.md' \
 	-o -name 'meson*' -o -name '*.txt' -o -name '*.map' -o -name '*.S' -o -name '*.pml' -o -path './.ci/*' \) -print |
-	sed 's,^\./,,' | LC_ALL=C sort | xargs awk '
+	sed 's,^\./,,' | LC_ALL=C sort | xargs awk "$code"'
 function bad(text) {
 	printf "%s:%d: %s\n", FILENAME, FNR, text
 	failures++
-}
-# The line without comments and with empty string literals.
-function code(line,    i, before) {
-	gsub(/"([^"\\]|\\.)*"/, "\"\"", line)
-	if (in_comment) {
-		i = index(line, "*/")
-		if (!i)
-			return ""
-		line = substr(line, i + 2)
-		in_comment = 0
-	}
-	while (i = index(line, "/*")) {
-		before = substr(line, 1, i - 1)
-		line = substr(line, i + 2)
-		i = index(line, "*/")
-		if (!i) {
-			in_comment = 1
-			return before
-		}
-		line = before " " substr(line, i + 2)
-	}
-	sub(/\/\/.*/, "", line)
-	return line
 }
 function close_file() {
 	if (needs_spdx && !spdx) {

@@ -11,6 +11,7 @@
  * names the CPU's physical address bits and features, the last is "end".
  */
 #include "cases.h"
+#include "say.h"
 
 #define CR0_WP (1u << 16)
 #define CR4_SMEP (1u << 20)
@@ -37,40 +38,12 @@ extern char stub_read[], stub_write[], stub_fetch[];
 extern char trap_page_fault[], trap_done[], trap_other[];
 void case_enter(const struct case_frame *frame, uint64_t rdi, uint64_t rsi);
 void guest_main(void);
-void guest_unexpected(void);
 
 /* tables[n] is the table of level n; level 3 is the PML4 itself */
 static uint64_t tables[3][512] __attribute__((aligned(4096)));
 static struct gate idt[256] __attribute__((aligned(16)));
 static uint32_t tss[26] __attribute__((aligned(16)));
 static uint8_t trap_stack[4096] __attribute__((aligned(16)));
-
-static void out8(uint16_t port, uint8_t v)
-{
-	__asm__ volatile("outb %0, %1" : : "a"(v), "Nd"(port));
-}
-
-static void put(const char *s)
-{
-	for (; *s; s++)
-		out8(0xe9, *s);
-}
-
-static void put_hex(uint64_t v, char after)
-{
-	int shift = 60;
-
-	while (shift && !(v >> shift))
-		shift -= 4;
-	for (; shift >= 0; shift -= 4)
-		out8(0xe9, "0123456789abcdef"[v >> shift & 15]);
-	out8(0xe9, after);
-}
-
-static void cpuid(uint32_t leaf, uint32_t r[4])
-{
-	__asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "a"(leaf), "c"(0));
-}
 
 static uint64_t read_cr4(void)
 {
@@ -197,17 +170,6 @@ static void set_up_traps(void)
 	gdt[6] = base >> 32;
 	__asm__ volatile("lidt %0" : : "m"(pointer));
 	__asm__ volatile("ltr %w0" : : "r"(0x28));
-}
-
-static void leave(uint8_t code)
-{
-	out8(0xf4, code); /* isa-debug-exit */
-}
-
-void guest_unexpected(void)
-{
-	put("unexpected trap\n");
-	leave(2);
 }
 
 void guest_main(void)

@@ -6,6 +6,7 @@
  *     number vector error cr2 flags good
  */
 #include "cases32.h"
+#include "say.h"
 
 #define EFER_NXE (1u << 11)
 #define USER_ALIAS 0x40000000u
@@ -26,7 +27,6 @@ extern char stub_read[], stub_write[], stub_fetch[], trap_stack_end[];
 extern char trap_page_fault[], trap_done[], trap_other[];
 void case_enter(const struct case_frame *frame);
 void guest_main(void);
-void guest_unexpected(void);
 
 /* What both formats have of their own: the first 4 MiB, for the supervisor and for user mode; the case's tables. */
 static uint32_t pd32[1024] __attribute__((aligned(4096))), pt32[3][1024] __attribute__((aligned(4096)));
@@ -34,33 +34,6 @@ static uint64_t pdpt[4] __attribute__((aligned(4096)));
 static uint64_t pd64[3][512] __attribute__((aligned(4096))), pt64[5][512] __attribute__((aligned(4096)));
 static struct gate idt[256] __attribute__((aligned(16)));
 static uint32_t tss[26] __attribute__((aligned(16)));
-
-static void out8(uint16_t port, uint8_t v)
-{
-	__asm__ volatile("outb %0, %1" : : "a"(v), "Nd"(port));
-}
-
-static void put(const char *s)
-{
-	for (; *s; s++)
-		out8(0xe9, *s);
-}
-
-static void put_hex(uint32_t v, char after)
-{
-	int shift = 28;
-
-	while (shift && !(v >> shift))
-		shift -= 4;
-	for (; shift >= 0; shift -= 4)
-		out8(0xe9, "0123456789abcdef"[v >> shift & 15]);
-	out8(0xe9, after);
-}
-
-static void cpuid(uint32_t leaf, uint32_t r[4])
-{
-	__asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "a"(leaf), "c"(0));
-}
 
 static void build_tables(void)
 {
@@ -187,17 +160,6 @@ static void set_up_traps(void)
 		 (uint64_t)(base >> 24) << 56;
 	__asm__ volatile("lidt %0" : : "m"(pointer));
 	__asm__ volatile("ltr %w0" : : "r"(0x28));
-}
-
-static void leave(uint8_t code)
-{
-	out8(0xf4, code); /* isa-debug-exit */
-}
-
-void guest_unexpected(void)
-{
-	put("unexpected trap\n");
-	leave(2);
 }
 
 void guest_main(void)
