@@ -15,8 +15,11 @@
 #include "arch.h"
 #include "slots.h"
 
+#define CR0_PG		  ((uint64_t)1 << 31)
+#define CR4_PAE		  ((uint64_t)1 << 5)
 #define CR4_PKE		  ((uint64_t)1 << 22)
 #define CR4_FRED	  ((uint64_t)1 << 32)
+#define EFER_LMA	  ((uint64_t)1 << 10)
 #define XSTATE_PKRU	  9
 #define XSAVE_HEADER	  512 /* of a standard-format area: XSTATE_BV is its first word */
 
@@ -38,6 +41,20 @@ static int get_pkru(int vcpufd, uint32_t *pkru)
 		return -EOPNOTSUPP;
 	memcpy(pkru, (char *)&xsave + offset, sizeof(*pkru));
 	return 0;
+}
+
+/* Kernels before 5.14 do not tell the PDPTEs: they are read from memory then. */
+static void get_pdptes(int vcpufd, arch_regs *regs)
+{
+	struct kvm_sregs2 sregs2;
+
+	if (!(regs->cr0 & CR0_PG) || !(regs->cr4 & CR4_PAE) || (regs->efer & EFER_LMA))
+		return;
+	if (ioctl(vcpufd, KVM_GET_SREGS2, &sregs2) < 0 || !(sregs2.flags & KVM_SREGS2_FLAGS_PDPTRS_VALID))
+		return;
+	regs->flags = KAGE_X86_PDPTES;
+	for (unsigned i = 0; i < ARRAY_SIZE(regs->pdpte); i++)
+		regs->pdpte[i] = sregs2.pdptrs[i];
 }
 
 int arch_vcpu_regs(int vcpufd, arch_regs *regs)
@@ -63,6 +80,7 @@ int arch_vcpu_regs(int vcpufd, arch_regs *regs)
 	    .cpl = sregs.ss.dpl,
 	    .pkru = pkru,
 	};
+	get_pdptes(vcpufd, regs);
 	return 0;
 }
 

@@ -175,6 +175,11 @@ static int arm64_set_regs(struct kage_vcpu *v, const void *regs)
 	return KAGE_OK;
 }
 
+static void arm64_get_regs(const struct kage_vcpu *v, void *regs)
+{
+	memcpy(regs, &v->arm64, sizeof(v->arm64));
+}
+
 /* The upper byte of an ASID of 16 bits is ignored where there are 8. */
 static bool arm64_asid_valid(const struct kage_vcpu *v, uint64_t asid)
 {
@@ -198,8 +203,10 @@ const struct soft_arch soft_arm64 = {
     .features_default = FEATURES_DEFAULT,
     .phys_bits_default = PHYS_BITS_DEFAULT,
     .regs_size = sizeof(struct kage_arm64_regs),
+    .regs_least = sizeof(struct kage_arm64_regs),
     .phys_bits_valid = arm64_phys_bits_valid,
     .set_regs = arm64_set_regs,
+    .get_regs = arm64_get_regs,
     .mode = arm64_mode_of,
     .asid_valid = arm64_asid_valid,
     .broadcasts = true,

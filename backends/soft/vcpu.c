@@ -129,17 +129,41 @@ void vcpu_switch(struct kage_vcpu *v)
 	tlb_select(v, &mode);
 }
 
+/* Of any architecture; older programs know less of it, newer ones more. */
+union arch_regs {
+	struct kage_x86_regs x86;
+	struct kage_arm64_regs arm64;
+};
+
 int kage_vcpu_set_regs(struct kage_vcpu *v, const void *arch_regs, size_t size)
 {
+	union arch_regs regs = {0};
+	const char *bytes = arch_regs;
 	uint64_t win;
 	int r;
 
-	if (!v || !arch_regs || size != v->arch->regs_size)
+	if (!v || !arch_regs || size < v->arch->regs_least)
 		return -EINVAL;
+	for (size_t i = v->arch->regs_size; i < size; i++)
+		if (bytes[i])
+			return -E2BIG;
+	memcpy(&regs, arch_regs, MIN(size, v->arch->regs_size));
 	win = slow_begin(v);
-	r = v->arch->set_regs(v, arch_regs);
+	r = v->arch->set_regs(v, &regs);
 	slow_end(v, win);
 	return r;
+}
+
+int kage_vcpu_get_regs(const struct kage_vcpu *v, void *arch_regs, size_t size)
+{
+	union arch_regs regs = {0};
+
+	if (!v || !arch_regs || size < v->arch->regs_least)
+		return -EINVAL;
+	v->arch->get_regs(v, &regs);
+	memset(arch_regs, 0, size);
+	memcpy(arch_regs, &regs, MIN(size, v->arch->regs_size));
+	return KAGE_OK;
 }
 
 int kage_vcpu_layout(struct kage_tlb_layout *layout)

@@ -54,10 +54,11 @@ struct kage_vcpu;
 /* An architecture of guests: what a CPU of it takes, and what its registers mean. */
 struct soft_arch {
 	uint32_t features_known, features_default, phys_bits_default;
-	size_t regs_size;
+	size_t regs_size, regs_least; /* of the public struct, now and in its first version */
 	bool (*phys_bits_valid)(uint32_t phys_bits, uint32_t features);
 	/* Checks and takes new registers; calls vcpu_switch(). Results of kage_vcpu_set_regs(). */
 	int (*set_regs)(struct kage_vcpu *v, const void *regs);
+	void (*get_regs)(const struct kage_vcpu *v, void *regs);
 	struct pt_guest (*mode)(const struct kage_vcpu *v);
 	bool (*asid_valid)(const struct kage_vcpu *v, uint64_t asid);
 	bool broadcasts; /* a flush is for all vCPUs of the guest */
@@ -81,10 +82,7 @@ struct kage_vcpu {
 	const struct soft_arch *arch;
 	uint32_t features, phys_bits;
 	union {
-		struct {
-			struct kage_x86_regs x86;
-			uint64_t pdpte[4]; /* with PAE paging: as loaded */
-		};
+		struct kage_x86_regs x86; /* pdpte: with PAE paging, as loaded; flags: 0 */
 		struct kage_arm64_regs arm64;
 	};
 	/* arm64: halves (bit 55 clear, set) in which the top byte of an address does not count */

@@ -12,7 +12,7 @@
  *
  * PAE's upper level is four registers, read from memory at a MOV to CR3 and at
  * the changes of CR0 and CR4 that the manual names (4.4.1), not when the guest
- * writes that memory.
+ * writes that memory; or given with the others by who restores a vCPU.
  *
  * Sources: Intel SDM vol. 3A 2.5 (control registers), 2.2.1 (EFER), 4.1
  * (paging modes), 4.3, 4.4, 4.10.4.1 (operations that invalidate TLBs).
@@ -110,7 +110,7 @@ static int check_regs(const struct kage_vcpu *v, const struct kage_x86_regs *r)
 		err = check_cr4(v, r);
 	if (!err)
 		err = check_cr3(v, r);
-	if (!err && r->cpl > 3)
+	if (!err && (r->cpl > 3 || r->reserved || (r->flags & ~(uint32_t)KAGE_X86_PDPTES)))
 		err = -EINVAL;
 	if (err || !(r->cr0 & CR0_PG))
 		return err;
@@ -159,9 +159,9 @@ static void roots_pae(const struct kage_vcpu *v, struct pt_guest *g)
 	struct pt_params params = params_of(v);
 
 	params.page1g = false;
-	g->nroots = ARRAY_SIZE(v->pdpte);
+	g->nroots = ARRAY_SIZE(v->x86.pdpte);
 	for (unsigned i = 0; i < g->nroots; i++) {
-		struct pt_decoded d = pt_level_of(&pt_x86_pae, 2)->decode(v->pdpte[i], &params);
+		struct pt_decoded d = pt_level_of(&pt_x86_pae, 2)->decode(v->x86.pdpte[i], &params);
 
 		g->root[i] = (struct pt_root){
 		    .format = &pt_x86_pae,
@@ -225,7 +225,8 @@ static bool flushes(const struct kage_x86_regs *old, const struct kage_x86_regs 
 {
 	uint64_t cr4 = CR4_PSE | CR4_PGE | CR4_PAE | CR4_PCIDE | CR4_SMEP | CR4_LA57;
 
-	return (old->cr3 ^ new->cr3) || ((old->cr0 ^ new->cr0) & CR0_PG) ||
+	return (old->cr3 ^ new->cr3) || memcmp(old->pdpte, new->pdpte, sizeof(old->pdpte)) ||
+	       ((old->cr0 ^ new->cr0) & CR0_PG) ||
 	       ((old->cr4 ^ new->cr4) & cr4) || ((old->efer ^ new->efer) & EFER_NXE);
 }
 
@@ -236,41 +237,53 @@ static bool loads_pdptes(const struct kage_x86_regs *old, const struct kage_x86_
 				 ((old->cr4 ^ new->cr4) & (CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP)));
 }
 
-/* KAGE_OK; -EINVAL: the CPU would refuse one (no memory reads as ones); KAGE_WAIT or -errno of mm_read(). */
-static int load_pdptes(struct kage_vcpu *v, uint64_t cr3, uint64_t pdpte[4])
+/* KAGE_OK; -EINVAL: no memory reads as ones, which the CPU refuses; KAGE_WAIT or -errno of mm_read(). */
+static int read_pdptes(struct kage_vcpu *v, struct kage_x86_regs *regs)
+{
+	int r = mm_read(&v->vm->mm, GPA(regs->cr3 & 0xffffffe0u), regs->pdpte, sizeof(regs->pdpte));
+
+	return r == KAGE_MMIO ? -EINVAL : r;
+}
+
+/* The PDPTEs that go with new registers: given, read or kept. */
+static int take_pdptes(struct kage_vcpu *v, struct kage_x86_regs *regs, bool mov_cr3)
 {
 	struct pt_params params = {.phys_bits = (uint8_t)v->phys_bits};
-	int r = mm_read(&v->vm->mm, GPA(cr3 & 0xffffffe0u), pdpte, sizeof(v->pdpte));
+	int r = KAGE_OK;
 
-	if (r)
-		return r == KAGE_MMIO ? -EINVAL : r;
-	for (unsigned i = 0; i < ARRAY_SIZE(v->pdpte); i++)
-		if (!x86_pdpte_valid(pdpte[i], &params))
-			return -EINVAL;
-	return KAGE_OK;
+	if (!pae_mode(regs)) {
+		memset(regs->pdpte, 0, sizeof(regs->pdpte));
+		return KAGE_OK;
+	}
+	if (!(regs->flags & KAGE_X86_PDPTES)) {
+		if (mov_cr3 || loads_pdptes(&v->x86, regs))
+			r = read_pdptes(v, regs);
+		else
+			memcpy(regs->pdpte, v->x86.pdpte, sizeof(regs->pdpte));
+	}
+	for (unsigned i = 0; !r && i < ARRAY_SIZE(regs->pdpte); i++)
+		if (!x86_pdpte_valid(regs->pdpte[i], &params))
+			r = -EINVAL;
+	return r;
 }
 
 /* `mov_cr3`: the guest loads CR3, also with the value that it has. */
 static int take_regs(struct kage_vcpu *v, struct kage_x86_regs regs, bool mov_cr3)
 {
 	bool noflush = regs.cr3 & CR3_NOFLUSH;
-	uint64_t pdpte[ARRAY_SIZE(v->pdpte)] = {0};
 	int r = check_regs(v, &regs);
 
 	if (r)
 		return r;
 	regs.cr3 &= ~CR3_NOFLUSH;
 	regs.rflags &= RFLAGS_AC;
-	if (loads_pdptes(&v->x86, &regs) || (mov_cr3 && pae_mode(&regs)))
-		r = load_pdptes(v, regs.cr3, pdpte);
-	else
-		memcpy(pdpte, v->pdpte, sizeof(pdpte));
+	r = take_pdptes(v, &regs, mov_cr3);
 	if (r)
 		return r;
+	regs.flags = 0;
 	if (flushes(&v->x86, &regs) || (mov_cr3 && !noflush))
 		shadow_sync_all(v->cpu.shadow);
 	v->x86 = regs;
-	memcpy(v->pdpte, pdpte, sizeof(pdpte));
 	vcpu_switch(v);
 	return KAGE_OK;
 }
@@ -278,6 +291,14 @@ static int take_regs(struct kage_vcpu *v, struct kage_x86_regs regs, bool mov_cr
 static int x86_set_regs(struct kage_vcpu *v, const void *regs)
 {
 	return take_regs(v, *(const struct kage_x86_regs *)regs, false);
+}
+
+static void x86_get_regs(const struct kage_vcpu *v, void *regs)
+{
+	struct kage_x86_regs *r = regs;
+
+	*r = v->x86;
+	r->flags = pae_mode(r) ? KAGE_X86_PDPTES : 0;
 }
 
 static int x86_flush_cr3(struct kage_vcpu *v, uint64_t value)
@@ -306,8 +327,10 @@ const struct soft_arch soft_x86 = {
     .features_default = FEATURES_DEFAULT,
     .phys_bits_default = PHYS_BITS_DEFAULT,
     .regs_size = sizeof(struct kage_x86_regs),
+    .regs_least = offsetof(struct kage_x86_regs, flags),
     .phys_bits_valid = x86_phys_bits_valid,
     .set_regs = x86_set_regs,
+    .get_regs = x86_get_regs,
     .mode = x86_mode_of,
     .asid_valid = x86_asid_valid,
     .flush_cr3 = x86_flush_cr3,

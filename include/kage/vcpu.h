@@ -50,12 +50,20 @@ enum kage_arm64_feature {
 	KAGE_ARM64_GRAN64 = 1u << 11, /**< 64K granule implemented */
 };
 
-/** x86 state that takes part in translation. */
+enum kage_x86_regs_flag {
+	KAGE_X86_PDPTES = 1u << 0, /**< `pdpte` holds the four PDPTE registers */
+};
+
+/** x86 state that takes part in translation. May grow at its end: calls take its size. */
 struct kage_x86_regs {
 	uint64_t cr0, cr3, cr4, efer;
 	uint64_t rflags; /**< only AC (bit 18) counts */
 	uint32_t cpl;    /**< 0 to 3 */
 	uint32_t pkru;
+	uint32_t flags;  /**< enum kage_x86_regs_flag */
+	uint32_t reserved; /**< 0 */
+	/** PAE paging: what the CPU has loaded (Intel SDM vol. 3A, 4.4.1); memory may hold something else since. */
+	uint64_t pdpte[4];
 };
 
 /**
@@ -169,17 +177,28 @@ KAGE_API void kage_vcpu_destroy(struct kage_vcpu *vcpu);
  * has 4 MiB pages of 40-bit addresses (PSE-36). With PAE paging the four PDPTEs
  * are registers: they are read from memory when CR3 changes and with the
  * changes of CR0 and CR4 that the manual names (4.4.1), or by KAGE_FLUSH_CR3,
- * and one with a reserved bit is refused. Addresses from 4 GiB up, which these
+ * and one with a reserved bit is refused. With KAGE_X86_PDPTES they are those in
+ * the struct and nothing is read, which is how a vCPU is restored; outside of PAE
+ * paging that flag does not count. Addresses from 4 GiB up, which these
  * modes do not have, fault like those that are not canonical. Returns KAGE_OK,
- * -EINVAL (a combination the CPU would refuse, or a reserved bit), -EOPNOTSUPP
+ * -EINVAL (a combination the CPU would refuse, or a reserved bit or flag), -EOPNOTSUPP
  * (CET, PKS, LAM); with PAE paging KAGE_WAIT and -EFAULT, -ENOMEM of the read,
  * and then no register has changed.
+ *
+ * A `size` of the struct's first version (48) is fine, a larger one than this library's if the rest is zero: else
+ * -E2BIG.
  *
  * arm64: nothing is flushed but what the architecture promises to see at once;
  * a switch of TTBRn or ASID finds what earlier use has left. Returns KAGE_OK,
  * -EINVAL (an EL above 1), -EOPNOTSUPP (EE).
  */
 KAGE_API int kage_vcpu_set_regs(struct kage_vcpu *vcpu, const void *arch_regs, size_t size);
+/**
+ * The registers as the vCPU has them, to be given to kage_vcpu_set_regs() of a new one: with PAE paging also the PDPTEs,
+ * which nobody else knows after a MOV to CR3. `size` as there; what the library does not know is zeroed. Returns
+ * KAGE_OK, -EINVAL. On the vCPU's thread, or while none uses it.
+ */
+KAGE_API int kage_vcpu_get_regs(const struct kage_vcpu *vcpu, void *arch_regs, size_t size);
 
 /** Opens a window of use over a block of guest work. No nesting. */
 KAGE_API void kage_vcpu_enter(struct kage_vcpu *vcpu);

@@ -486,7 +486,7 @@ START_TEST(test_config)
 	no(-EINVAL, .features = 1u << 12);
 	no(KAGE_OK, .phys_bits = 32);
 	kage_vcpu_destroy(cpu);
-	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &arm, sizeof(arm) + 8), -EINVAL);
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &arm, sizeof(arm) - 8), -EINVAL);
 	arm.pstate = 8;
 	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &arm, sizeof(arm)), -EINVAL);
 	arm.pstate = EL1;

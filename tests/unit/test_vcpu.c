@@ -892,9 +892,45 @@ START_TEST(test_registers)
 	bad_regs(1ull << 32, 0, 0, 0, -EINVAL);
 	bad_regs(0x1, 0, 0, 1 << 9, -EINVAL);
 	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r)), -EINVAL);
-	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r) - 1), -EINVAL);
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, 47), -EINVAL);
 	bad_regs(0xe0010011, 0x1000, 0x20 | 1 << 17 | 1 << 20, 0xd01, KAGE_OK);
 	bad_regs(0x1, 0, 0, 0, KAGE_OK);
+}
+END_TEST
+
+/* The struct as programs have it that were built before or after this library. */
+START_TEST(test_register_sizes)
+{
+	struct {
+		struct kage_x86_regs known;
+		char more[16];
+	} r = {.known = {.cr0 = 1, .rflags = 1 << 18 | 1, .pdpte = {1, 2, 3, 4}}}, got;
+
+	r.known.flags = 2;
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, 48), KAGE_OK); /* the rest is not there */
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r)), -EINVAL);
+	r.known.flags = 0;
+	r.known.reserved = 1;
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r)), -EINVAL);
+	r.known.reserved = 0;
+	r.more[3] = 1;
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r)), -E2BIG);
+	r.more[3] = 0;
+	r.known.cr0 = 0x11;
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r)), KAGE_OK);
+	memset(&got, 0x5a, sizeof(got));
+	ck_assert_int_eq(kage_vcpu_get_regs(g.cpu, &got, sizeof(got)), KAGE_OK);
+	ck_assert_uint_eq(got.known.cr0, 0x11);
+	ck_assert_uint_eq(got.known.rflags, 1 << 18);
+	ck_assert_uint_eq(got.known.flags, 0);
+	ck_assert_uint_eq(got.known.pdpte[3], 0); /* no PAE paging: there are none */
+	ck_assert_int_eq(got.more[0] | got.more[15], 0);
+	memset(&got, 0x5a, sizeof(got));
+	ck_assert_int_eq(kage_vcpu_get_regs(g.cpu, &got, 48), KAGE_OK);
+	ck_assert_uint_eq(got.known.flags, 0x5a5a5a5a);
+	ck_assert_int_eq(kage_vcpu_get_regs(g.cpu, &got, 47), -EINVAL);
+	ck_assert_int_eq(kage_vcpu_get_regs(g.cpu, NULL, 48), -EINVAL);
+	ck_assert_int_eq(kage_vcpu_get_regs(NULL, &got, 48), -EINVAL);
 }
 END_TEST
 
@@ -996,6 +1032,7 @@ static Suite *suite(void)
 	tcase_add_test(t, test_context_ids_run_out);
 	tcase_add_test(t, test_dirty_logs);
 	tcase_add_test(t, test_registers);
+	tcase_add_test(t, test_register_sizes);
 	tcase_add_test(t, test_create_and_layout);
 	tcase_add_test(t, test_dumps);
 	suite_add_tcase(s, t);

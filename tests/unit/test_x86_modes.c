@@ -223,6 +223,80 @@ START_TEST(test_pae_pdptes)
 }
 END_TEST
 
+/* A saved vCPU goes on with what it had loaded (4.4.1), whatever has become of the memory it came from. */
+START_TEST(test_pae_restored)
+{
+	struct kage_x86_regs saved;
+	struct kage_vcpu *other;
+	uint64_t other_dir;
+
+	start_pae();
+	other = guest_cpu(&g);
+	other_dir = guest_table(&g);
+	guest_w64(&g, table + 24, 0x2000000 | 3);
+	guest_w64(&g, 0x2000000, 5);
+	guest_w64(&g, pdpt + 16, other_dir | 1);
+	ck_assert_int_eq(kage_vcpu_get_regs(g.cpu, &saved, sizeof(saved)), KAGE_OK);
+	ck_assert_uint_eq(saved.flags, KAGE_X86_PDPTES);
+	ck_assert_uint_eq(saved.pdpte[0] | saved.pdpte[1] | saved.pdpte[3], 0);
+	ck_assert_uint_eq(saved.pdpte[2], dir | 1);
+	ck_assert_int_eq(kage_vcpu_set_regs(other, &saved, sizeof(saved)), KAGE_OK);
+	ck_assert_uint_eq(cpu_load(other, GVA), 5);
+	ck_assert_int_eq(kage_vcpu_set_regs(other, &g.regs, sizeof(g.regs)), KAGE_OK); /* no change: no load */
+	ck_assert_uint_eq(cpu_load(other, GVA), 5);
+	ck_assert_int_eq(kage_vcpu_set_regs(other, &saved, 48), KAGE_OK);
+	ck_assert_uint_eq(cpu_load(other, GVA), 5);
+	saved.cr3 = RAM + 0x1000; /* no memory there, which does not matter either */
+	ck_assert_int_eq(kage_vcpu_set_regs(other, &saved, sizeof(saved)), KAGE_OK);
+	ck_assert_uint_eq(cpu_load(other, GVA), 5);
+	saved.cr3 = pdpt;
+	ck_assert_int_eq(kage_vcpu_set_regs(other, &saved, 48), KAGE_OK); /* MOV to CR3: as without the flag */
+	cpu_faults(other, GVA, KIND_LOAD, 0);
+	ck_assert_int_eq(kage_vcpu_set_regs(other, &saved, sizeof(saved)), KAGE_OK);
+	ck_assert_int_eq(kage_vcpu_flush(other, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_CR3, .value = pdpt)), KAGE_OK);
+	cpu_faults(other, GVA, KIND_LOAD, 0);
+	ck_assert_uint_eq(cpu_load(g.cpu, GVA), 5); /* each vCPU has its own */
+	kage_vcpu_destroy(other);
+	stop();
+}
+END_TEST
+
+/* Each reserved bit of each PDPTE is refused as MOV to CR3 refuses it, and leaves all registers as they were. */
+START_TEST(test_pae_given_reserved)
+{
+	struct kage_x86_regs r, got;
+
+	start_pae();
+	r = g.regs;
+	guest_w64(&g, table + 24, 0x2000000 | 3);
+	guest_w64(&g, 0x2000000, 5);
+	r.flags = KAGE_X86_PDPTES;
+	for (unsigned i = 0; i < 4; i++)
+		for (unsigned bit = 1; bit < 64; bit++) {
+			bool reserved = bit <= 2 || (bit >= 5 && bit <= 8) || bit >= 46;
+
+			memset(r.pdpte, 0, sizeof(r.pdpte));
+			r.pdpte[2] = dir | 1;
+			r.pdpte[i] = (i == 2 ? dir : 0) | 1ull << bit;
+			ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r)), KAGE_OK); /* not present */
+			r.pdpte[2] = dir | 1;
+			ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r)), KAGE_OK);
+			r.pdpte[i] |= 1 | 1ull << bit;
+			ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r)), reserved ? -EINVAL : KAGE_OK);
+			if (!reserved)
+				continue;
+			ck_assert_uint_eq(cpu_load(g.cpu, GVA), 5);
+			ck_assert_int_eq(kage_vcpu_get_regs(g.cpu, &got, sizeof(got)), KAGE_OK);
+			ck_assert_uint_eq(got.pdpte[2], dir | 1);
+		}
+	r.cr0 = 1; /* no paging: what is given counts no more than what memory holds */
+	ck_assert_int_eq(kage_vcpu_set_regs(g.cpu, &r, sizeof(r)), KAGE_OK);
+	ck_assert_int_eq(kage_vcpu_get_regs(g.cpu, &got, sizeof(got)), KAGE_OK);
+	ck_assert_uint_eq(got.flags, 0);
+	stop();
+}
+END_TEST
+
 START_TEST(test_pae_rights)
 {
 	struct kage_fault f;
@@ -301,6 +375,8 @@ int main(void)
 	tcase_add_test(all, test_32_large);
 	tcase_add_test(all, test_32_quadrants);
 	tcase_add_test(all, test_pae_pdptes);
+	tcase_add_test(all, test_pae_restored);
+	tcase_add_test(all, test_pae_given_reserved);
 	tcase_add_test(all, test_pae_rights);
 	tcase_add_test(all, test_pae_switches);
 	suite_add_tcase(s, all);
