@@ -11,6 +11,17 @@
  * Invariants:
  *  X1  a thread that holds a reader section does nothing but copy.
  *  X2  frame pins > 0 only on exclusive frames of ranges in mm->pins.
+ *  X3  a pinned page keeps its frame until it is unpinned. A pin is taken under the table lock of its entry, when that makes
+ *      the frame the guest's alone, and (mirror) the window shows it. Who would give the page another frame sees it:
+ *
+ *        COW break            its entry has no W: who pins sets it first, and the recheck finds another entry
+ *        adoption, widening   adopt_recheck() looks at the pins, under the same lock. What it put in place is shown
+ *                             from its end on; where the host had no mapping, nobody has pinned what goes back
+ *        merging              plan_recheck() (merge/plan.c), under the locks of both sides
+ *        discard, unmap       mm->range for writing, no pin can come; zap_prepare() refuses what is pinned
+ *        clone                the same; pinned pages are copied for the child (K2 of clone.c), and not frozen (K4)
+ *        attach, detach       the same, and adoption
+ *        protect              gives no page another frame
  *
  * Where the host kernel breaks COW by itself (mm/mirror.h), what the guest has is in its window: bytes
  * are copied from and to there, unless the page is exclusive and so the same in both.
@@ -295,6 +306,12 @@ static struct pin *pin_find(struct mm *mm, gfn_t gfn, uint64_t npages)
 	return NULL;
 }
 
+/* What an adoption has put into the table is certain when the window shows it (X3). The table lock is held. */
+static bool window_shows(struct mm *mm, gfn_t gfn, pfn_t pfn)
+{
+	return !mm->mirror || mm->mirror->ops->shows(mm->mirror, gfn, pfn);
+}
+
 /* Pins the frame of one page if the entry still makes it exclusive. */
 static int pin_page(struct mm *mm, gfn_t gfn, struct brlock_held held, pfn_t *out)
 {
@@ -309,7 +326,7 @@ static int pin_page(struct mm *mm, gfn_t gfn, struct brlock_held held, pfn_t *ou
 	rcu_enter();
 	l = mm_lookup(mm, gfn);
 	rcu_leave();
-	if (!entry_is_leaf(l.entry) || !l.writable || !pfn_eq(l.pfn, f.pfn))
+	if (!entry_is_leaf(l.entry) || !l.writable || !pfn_eq(l.pfn, f.pfn) || !window_shows(mm, gfn, l.pfn))
 		r = KAGE_RETRY;
 	else
 		r = frame_pin(pfn_frame(mm->host->pool, l.pfn));
@@ -367,6 +384,7 @@ static int pin_pages(struct mm *mm, gfn_t gfn, uint64_t npages, struct iovec *io
 
 		r = pin_page(mm, gfn_add(gfn, done), held, &pfn);
 		if (r == KAGE_RETRY) {
+			sched_yield();
 			r = 0;
 			continue;
 		}

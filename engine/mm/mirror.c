@@ -18,7 +18,7 @@
  * Invariants:
  *  A1  sources are read between start and end: the mirror has blocked writes, so
  *      what is copied is what the guest has until the mapping is replaced.
- *  A2  an entry that has changed between prepare and commit abandons all of it.
+ *  A2  an entry that has changed between prepare and commit abandons all of it, and so does a pin that was taken (access.c, X3).
  *
  *      adopting                             merging (the same page)
  *      start waits ────────────────────────► its end: a mirror lets overlapping
@@ -465,11 +465,21 @@ static void adopt_unlock(struct change *c)
 	lock_drop(table_lock_of(a->target.mm->family, 0, a->base));
 }
 
+/* X3 of access.c: a frame that would move has been pinned since prepare. Its table lock is held, as by who pins. */
+static bool adopt_pinned(const struct adopt *a)
+{
+	for_each_bit(i, a->map)
+		if (!bit_test(a->own, i) && entry_is_leaf(a->old[i]) && !(a->old[i] & ENTRY_SPECIAL) &&
+		    frame_pins(pfn_frame(a->target.mm->host->pool, entry_pfn(a->old[i]))))
+			return true;
+	return false;
+}
+
 static int adopt_recheck(struct change *c)
 {
 	struct adopt *a = container_of(c, struct adopt, c);
 
-	if (!adopt_unchanged(a))
+	if (!adopt_unchanged(a) || adopt_pinned(a))
 		return -EAGAIN;
 	for_each_bit(i, a->own) /* without W they look the same after merging has made a frame a stable one, in place */
 		if (!frame_exclusive(a->target.mm->host, a->to[i]))

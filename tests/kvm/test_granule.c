@@ -51,9 +51,22 @@ static void look(const char *call, const void *addr, size_t len)
 	}
 }
 
+/* The host has no mapping left for these addresses. */
+static struct watched no_mapping;
+
+static bool refused(const void *addr)
+{
+	if ((uintptr_t)addr < no_mapping.start || (uintptr_t)addr >= no_mapping.end)
+		return false;
+	errno = ENOMEM;
+	return true;
+}
+
 /* These stand before libc's at link time. */
 void *mmap(void *addr, size_t len, int prot, int flags, int fd, off_t offset)
 {
+	if (flags & MAP_FIXED && refused(addr))
+		return MAP_FAILED;
 	if (flags & MAP_FIXED) {
 		look("mmap", addr, len);
 		if (!(flags & MAP_ANONYMOUS))
@@ -70,6 +83,8 @@ void *mremap(void *old, size_t old_len, size_t new_len, int flags, ...)
 	va_start(args, flags);
 	to = va_arg(args, void *);
 	va_end(args);
+	if (flags & MREMAP_FIXED && refused(to))
+		return MAP_FAILED;
 	if (flags & MREMAP_FIXED) {
 		look("mremap", to, new_len);
 		if (piece && (uintptr_t)old % PAGE == 0 && old_len == 0) /* a second view of frames */
@@ -330,6 +345,60 @@ static void history(uint32_t policy, size_t granule_bytes, uint64_t first)
 
 static const size_t granules[] = {4 * 1024, 16 * 1024, 64 * 1024};
 
+/* -- what happens in the middle of a change ------------------------------------------------- */
+
+/* A listener that has another thread pin page 1, once, at the start or the end of a change of CLEAR. */
+struct pinner {
+	struct kage_notifier n;
+	struct kage_vm *vm;
+	struct iovec iov[1];
+	pthread_t thread;
+	_Atomic int begun, done;
+	bool at_end;
+};
+
+static void *pinner_main(void *arg)
+{
+	struct pinner *p = arg;
+	unsigned n = 1;
+
+	ok(kage_vm_pin(p->vm, PAGE, PAGE, 0, p->iov, &n));
+	atomic_store(&p->done, 1);
+	return NULL;
+}
+
+/* The thread may have to wait for the change's end: it gets the time that it needs if it has not. */
+static void pinner_go(struct pinner *p, const struct kage_range *range)
+{
+	if (range->reason != KAGE_REASON_CLEAR || range->start > PAGE || range->end <= PAGE ||
+	    atomic_exchange(&p->begun, 1))
+		return;
+	ok(pthread_create(&p->thread, NULL, pinner_main, p));
+	for (unsigned i = 0; i < 200 && !atomic_load(&p->done); i++)
+		sleep_ms(1);
+}
+
+static int pinner_start(struct kage_notifier *n, const struct kage_range *range)
+{
+	struct pinner *p = (struct pinner *)n;
+
+	if (!p->at_end)
+		pinner_go(p, range);
+	return 0;
+}
+
+static void pinner_end(struct kage_notifier *n, const struct kage_range *range)
+{
+	struct pinner *p = (struct pinner *)n;
+
+	if (p->at_end)
+		pinner_go(p, range);
+}
+
+static const struct kage_notifier_ops pinner_ops = {
+	.invalidate_range_start = pinner_start, .invalidate_range_end = pinner_end,
+};
+
 START_TEST(histories)
 {
 	unsigned policy = (unsigned)_i % 2, which = (unsigned)_i / 2;
@@ -425,6 +494,77 @@ START_TEST(pins_stay)
 		ok(kage_vm_destroy(before));
 		ok(kage_vm_destroy(clone));
 		ok(kage_vm_destroy(a.vm));
+		engine_down();
+	}
+}
+END_TEST
+
+/* Page 1 lies in a frame of its own away from home, not pinned any more, and the 2 MiB around it want to come home. */
+static struct bare scattered_bare(struct kage_vm **second)
+{
+	struct iovec iov[1];
+	struct bare a = pinned_bare(iov, second);
+	unsigned n = 1;
+
+	ok(kage_vm_pin(a.vm, PAGE, PAGE, 0, iov, &n)); /* its entry says so, too */
+	ok(kage_vm_unpin(a.vm, PAGE, PAGE));
+	ok(kage_vm_unpin(a.vm, PAGE, PAGE));
+	return a;
+}
+
+/* A pin that is taken when a page is about to move home, after it was looked at: the page stays. */
+START_TEST(pins_hold_back_what_has_begun)
+{
+	for (unsigned g = 0; g < 3; g++) {
+		struct pinner p = {0};
+		struct kage_vm *second;
+		struct bare a;
+
+		granule = (uint32_t)granules[g];
+		engine_up();
+		a = scattered_bare(&second);
+		p.vm = a.vm;
+		ok(kage_notifier_register(a.vm, &p.n, &pinner_ops));
+		is(kage_kvm_reconcile(a.kvm, KAGE_KVM_ADOPT), 0);
+		ck_assert_int_eq(p.begun, 1);
+		ok(pthread_join(p.thread, NULL));
+		pinned_holds(a.vm, p.iov, 7);
+		same(at(&a, PAGE)[0], 7);
+		ok(kage_notifier_unregister(&p.n));
+		ok(kage_vm_unpin(a.vm, PAGE, PAGE));
+		free_bare(&a);
+		ok(kage_vm_destroy(second));
+		engine_down();
+	}
+}
+END_TEST
+
+/* The host has no mapping for what adoption has put into the table, which goes back: nobody has pinned it meanwhile. */
+START_TEST(pins_wait_for_what_is_shown)
+{
+	for (unsigned g = 0; g < 3; g++) {
+		struct pinner p = {.at_end = true};
+		struct kage_vm *second;
+		struct bare a;
+
+		granule = (uint32_t)granules[g];
+		engine_up();
+		a = scattered_bare(&second);
+		p.vm = a.vm;
+		ok(kage_notifier_register(a.vm, &p.n, &pinner_ops));
+		no_mapping.start = (uintptr_t)kage_kvm_window(a.kvm, 0, 2 * MIB);
+		no_mapping.end = no_mapping.start + 2 * MIB;
+		is(kage_kvm_reconcile(a.kvm, KAGE_KVM_ADOPT), -ENOMEM);
+		no_mapping = (struct watched){0, 0};
+		expected_errors = atomic_load(&logged_errors);
+		ck_assert_int_eq(p.begun, 1);
+		ok(pthread_join(p.thread, NULL));
+		pinned_holds(a.vm, p.iov, 7);
+		same(at(&a, PAGE)[0], 7);
+		ok(kage_notifier_unregister(&p.n));
+		ok(kage_vm_unpin(a.vm, PAGE, PAGE));
+		free_bare(&a);
+		ok(kage_vm_destroy(second));
 		engine_down();
 	}
 }
@@ -567,6 +707,8 @@ int main(void)
 	add_test(s, histories, 6);
 	add_test(s, breaks_are_widened, 1);
 	add_test(s, pins_stay, 1);
+	add_test(s, pins_hold_back_what_has_begun, 1);
+	add_test(s, pins_wait_for_what_is_shown, 1);
 	add_test(s, scattered_pins_are_refused, 1);
 	add_test(s, half_fetched_granules, 1);
 	add_test(s, odd_regions_are_refused, 1);
