@@ -135,7 +135,7 @@ static void *reader_main(void *arg)
 	struct uffd_msg msg[16];
 	int n;
 
-	while (!atomic_load(&h->stopping) && !READ_ONCE(h->k->abandoned)) {
+	while (!atomic_load(&h->stopping) && !READ_ONCE(h->k->mirror.abandoned)) {
 		poll(p, 2, -1);
 		atomic_store(&h->busy, 1);
 		n = uffd_read(&h->uffd, msg, ARRAY_SIZE(msg));
@@ -303,7 +303,7 @@ static int helper_start(struct kage_kvm *k)
 
 	if (atomic_load(&k->helper))
 		return -EBUSY;
-	if (k->uffd.fd < 0 || k->abandoned)
+	if (k->uffd.fd < 0 || k->mirror.abandoned)
 		return -EOPNOTSUPP;
 	h = env_alloc(k->env, sizeof(*h));
 	if (!h)
@@ -341,13 +341,13 @@ static int helper_stop(struct kage_kvm *k)
 
 	if (!h)
 		return -ENOENT;
-	r = k->abandoned ? 0 : uffd_open(&plain, &k->features, false);
+	r = k->mirror.abandoned ? 0 : uffd_open(&plain, &k->features, false);
 	if (r)
 		return r;
-	if (!k->abandoned)
+	if (!k->mirror.abandoned)
 		uffd_swap(k, plain, false); /* from here on nobody waits for events to be read */
 	threads_stop(h, true);
-	if (k->abandoned)
+	if (k->mirror.abandoned)
 		h->uffd.fd = -1; /* the number is the guest's still */
 	atomic_store(&k->helper, NULL);
 	helper_free(h);

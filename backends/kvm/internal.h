@@ -121,7 +121,6 @@ struct kage_kvm {
 
 	bool events;   /* all of the windows is registered, for the helper to hear of changes */
 	int kick;      /* eventfd: wakes trap_run */
-	bool abandoned;
 
 	struct lock pause_lock;
 	unsigned paused;

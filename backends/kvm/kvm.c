@@ -22,7 +22,7 @@
 
 static bool exact_possible(const struct kage_kvm *k)
 {
-	return !k->abandoned && feature_used(&k->features, KAGE_KVM_USERFAULTFD) && feature_used(&k->features, KAGE_KVM_UFFD_WP) &&
+	return !k->mirror.abandoned && feature_used(&k->features, KAGE_KVM_USERFAULTFD) && feature_used(&k->features, KAGE_KVM_UFFD_WP) &&
 	       feature_used(&k->features, KAGE_KVM_UFFD_MINOR) &&
 	       feature_used(&k->features, KAGE_KVM_UFFD_CONTINUE_WP) && feature_used(&k->features, KAGE_KVM_PAGEMAP);
 }
@@ -162,7 +162,7 @@ static int gathered_adopt(struct kage_kvm *k)
 		return 0;
 	store_release(&k->mm->mirror, NULL);
 	notify_unregister(&k->notifier);
-	return r == KAGE_WAIT ? -EAGAIN : r;
+	return r;
 }
 
 /* The guest's memory appears in windows and slots. Its family and range are held for writing. */
@@ -408,7 +408,7 @@ static int kvm_set_policy(struct kage_kvm *k, uint32_t policy)
 
 	if (policy > KAGE_KVM_EXACT)
 		return -EINVAL;
-	if (k->abandoned && policy == KAGE_KVM_EXACT)
+	if (k->mirror.abandoned && policy == KAGE_KVM_EXACT)
 		return -EOPNOTSUPP;
 	r = kvm_mirror_ops.stop(&k->mirror);
 	if (r)

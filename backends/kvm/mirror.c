@@ -106,7 +106,7 @@ uint64_t mirror_mode(const struct kage_kvm *k, const struct run *run)
 	const struct region *reg;
 	bool trap;
 
-	if (k->uffd.fd < 0 || k->abandoned)
+	if (k->uffd.fd < 0 || k->mirror.abandoned)
 		return 0;
 	if (run->kind == RUN_SHARED)
 		return k->events ? UFFDIO_REGISTER_MODE_WP : 0;

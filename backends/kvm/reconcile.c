@@ -49,7 +49,7 @@ static bool page_differs(struct kage_kvm *k, const struct run *piece, gfn_t gfn)
 	rcu_enter();
 	reg = mm_region(k->mm, gfn);
 	e = mm_lookup(k->mm, gfn).entry;
-	absent = piece->kind == RUN_ZERO && reg && reg->flags & KAGE_REGION_TRAP && !k->abandoned; /* looking would trap */
+	absent = piece->kind == RUN_ZERO && reg && reg->flags & KAGE_REGION_TRAP && !k->mirror.abandoned; /* looking would trap */
 	rcu_leave();
 	if (absent)
 		return false;

@@ -233,7 +233,7 @@ int trap_message(struct kage_kvm *k, struct notify_reader *reader, const struct 
 
 static bool traps(const struct kage_kvm *k)
 {
-	return k->uffd.fd >= 0 && !READ_ONCE(k->abandoned) && (k->mirror.exact || kvm_trapped(k));
+	return k->uffd.fd >= 0 && !READ_ONCE(k->mirror.abandoned) && (k->mirror.exact || kvm_trapped(k));
 }
 
 int kage_kvm_trap_fd(struct kage_kvm *k)
@@ -357,10 +357,10 @@ int kage_kvm_trap_abandon(struct kage_kvm *k)
 		return -EINVAL;
 	lock_take(&k->lock);
 	blocked_drain(k);
-	if (k->uffd.fd < 0 || k->abandoned)
+	if (k->uffd.fd < 0 || k->mirror.abandoned)
 		r = -ENOENT;
 	if (r == 0) {
-		k->abandoned = true;
+		WRITE_ONCE(k->mirror.abandoned, true);
 		WRITE_ONCE(k->mirror.exact, false);
 		k->policy_why = "trapping was abandoned";
 		WRITE_ONCE(k->wp, false);

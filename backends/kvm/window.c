@@ -124,7 +124,7 @@ static void window_blank(struct kage_kvm *k, const struct window *w, gfn_t gfn, 
 	helper_own(k, at, len);
 	mmap(at, len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 	helper_own_end(k);
-	if (k->uffd.fd >= 0 && !k->abandoned)
+	if (k->uffd.fd >= 0 && !k->mirror.abandoned)
 		uffd_wake(&k->uffd, at, len);
 }
 
@@ -344,7 +344,7 @@ static bool file_in_memory(int fd)
 static int region_possible(struct kage_kvm *k, const struct region *r)
 {
 	uint64_t offset;
-	bool traps = k->uffd.fd >= 0 && !k->abandoned;
+	bool traps = k->uffd.fd >= 0 && !k->mirror.abandoned;
 	const struct extent *e = r->kind == KAGE_REGION_ANON ? NULL : atomic_load(&((struct region *)r)->extent);
 	uint64_t odd = r->start.v | r->npages | (e ? extent_pfn(e, r->start).v : 0);
 	int fd;

@@ -86,6 +86,12 @@ static int read_frame(struct mm *mm, gfn_t gfn, const struct mm_lookup *l, size_
 	return entry_is_leaf(now.entry) && pfn_eq(now.pfn, l->pfn) ? KAGE_OK : KAGE_RETRY;
 }
 
+/* The next touch is its owner's. Under a mirror; mm->range held. */
+static bool page_traps(const struct mm *mm, const struct region *reg, entry_t e)
+{
+	return entry_is_none(e) && reg->flags & KAGE_REGION_TRAP && !READ_ONCE(mm->mirror->abandoned);
+}
+
 /* The guest's page as the host kernel has it. KAGE_RETRY: the frame will do, or trapped memory is not there yet. */
 static int read_window(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t len)
 {
@@ -97,7 +103,7 @@ static int read_window(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_
 
 	if (reg && !(reg->prot & KAGE_READ))
 		r = KAGE_MMIO;
-	else if (window && !(entry_is_none(l.entry) && reg->flags & KAGE_REGION_TRAP)) {
+	else if (window && !page_traps(mm, reg, l.entry)) {
 		guest_copy(buf, window + offset, len);
 		r = KAGE_OK;
 	}
@@ -226,7 +232,7 @@ static int write_place(struct mm *mm, struct mm_fault *f, struct brlock_held hel
 	*place = NULL;
 	if (!reg || !(reg->prot & KAGE_WRITE))
 		return KAGE_MMIO;
-	if (mm_native(mm) && !(entry_is_none(l.entry) && reg->flags & KAGE_REGION_TRAP))
+	if (mm_native(mm) && !page_traps(mm, reg, l.entry))
 		*place = mm->mirror->ops->window(mm->mirror, f->gfn);
 	if (*place)
 		return KAGE_OK;

@@ -264,10 +264,8 @@ static int fill_arena(struct mm *mm, struct mm_fault *f, const struct region *re
 
 	if (r)
 		return r;
-	if (reg->flags & KAGE_REGION_TRAP && reg->touch) {
-		r = reg->touch(reg->opaque, gfn_gpa(f->gfn).v, pfn_hva(pool, pfn));
-		if (r > 0 && r != KAGE_WAIT)
-			r = -EIO;
+	if (reg->flags & KAGE_REGION_TRAP) {
+		r = region_touch(mm, reg, f->gfn, pfn);
 		if (r)
 			goto free;
 	}

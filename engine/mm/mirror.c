@@ -210,12 +210,7 @@ static int adopt_target(struct adopt *a, unsigned i)
 	if (r)
 		return r;
 	a->taken = i + 1;
-	if (trap && reg->touch) {
-		r = reg->touch(reg->opaque, gfn_gpa(gfn).v, pfn_hva(mm->host->pool, a->to[i]));
-		if (r > 0 && r != KAGE_WAIT)
-			r = -EIO;
-	}
-	return r;
+	return trap ? region_touch(mm, reg, gfn, a->to[i]) : 0;
 }
 
 /* A pinned frame stays where it is, and so does all of its granule. */
@@ -310,10 +305,10 @@ static int adopt_granule(struct adopt *a, unsigned i, unsigned n)
 	if (r)
 		return r;
 	a->taken = i + n;
-	for (unsigned j = i; r == 0 && trap && reg->touch && j < i + n; j++)
+	for (unsigned j = i; r == 0 && trap && j < i + n; j++)
 		if (entry_is_none(a->old[j]))
-			r = reg->touch(reg->opaque, gfn_gpa(gfn_add(a->base, j)).v, pfn_hva(mm->host->pool, a->to[j]));
-	return r > 0 && r != KAGE_WAIT ? -EIO : r;
+			r = region_touch(mm, reg, gfn_add(a->base, j), a->to[j]);
+	return r;
 }
 
 static int adopt_prepare(struct change *c)
@@ -718,6 +713,12 @@ static void reap_home(struct mm *mm)
 		pool_reap(mm->host->pool);
 }
 
+/* Whoever asked for a range knows of no page that its owner wants later, and takes what is positive for a success. */
+static int later(int r)
+{
+	return r == KAGE_WAIT ? -EAGAIN : r;
+}
+
 int mm_adopt_diverged(struct mm *mm, gfn_t start, gfn_t end)
 {
 	int r;
@@ -725,13 +726,13 @@ int mm_adopt_diverged(struct mm *mm, gfn_t start, gfn_t end)
 	reap_home(mm);
 	r = mm->mirror->ops->each_diverged(mm->mirror, start, end, adopt_block, NULL);
 	if (!atomic_load(&mm->count.pages_broken))
-		return r;
+		return later(r);
 	for (unsigned i = 0; r == 0 && i < mm->regions->count; i++) {
 		const struct region *reg = &mm->regions->r[i];
 
 		r = adopt_marked(mm, GFN(MAX(start.v, reg->start.v)), GFN(MIN(end.v, region_end(reg).v)));
 	}
-	return r;
+	return later(r);
 }
 
 /* Pages of a leaf table's range that have no entry and are ordinary memory. */
@@ -960,7 +961,7 @@ int64_t mm_reconcile(struct mm *mm, gfn_t start, gfn_t end, bool adopts)
 		brlock_read_drop(&mm->range, held);
 	}
 	r = mm->mirror->ops->each_diverged(mm->mirror, start, end, reconcile_block, &rc);
-	return r ? r : (int64_t)rc.left;
+	return r ? later(r) : (int64_t)rc.left;
 }
 
 /* -- holes ----------------------------------------------------------------------------------- */

@@ -93,6 +93,7 @@ struct mirror {
 	const struct mirror_ops *ops;
 	struct mm *mm;
 	bool exact;  /* writes to shared pages trap before they happen: the table is the truth, for reads too */
+	bool abandoned; /* nothing traps any more: what of regions that trap was not fetched is zero, as the guest sees it */
 	bool blocks; /* writes to a range can be blocked while the guest runs, or the guest can be paused */
 	/*
 	 * Exact: a replacement has been mapped and it is not known yet whether a write slipped by before it was
@@ -125,7 +126,7 @@ static inline bool mm_coarse(const struct mm *mm)
  * filled with what the guest sees; a frame that is the guest's alone already
  * stays. mm->range held. 0; -EAGAIN (raced); -EOPNOTSUPP (writes cannot be
  * blocked); -EBUSY (a page is pinned whose granule is not whole: a guest that attaches only); -ENOMEM, -ETIMEDOUT, or
- * what a region's touch returned (KAGE_WAIT too).
+ * what a region's touch returned (KAGE_WAIT too). Those that do all of a range at once say -EAGAIN for that.
  */
 int mm_adopt(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_WORDS], struct notify_reader *self, const void *owner);
 /* The same of one page. */

@@ -153,6 +153,16 @@ struct extent *region_home(struct mm *mm, const struct region *r)
 	return none;
 }
 
+int region_touch(struct mm *mm, const struct region *r, gfn_t gfn, pfn_t pfn)
+{
+	int err = r->touch && !(mm->mirror && READ_ONCE(mm->mirror->abandoned)) ?
+			  r->touch(r->opaque, gfn_gpa(gfn).v, pfn_hva(mm->host->pool, pfn)) : 0;
+
+	if (err == -EAGAIN)
+		return KAGE_WAIT;
+	return err > 0 && err != KAGE_WAIT ? -EIO : err;
+}
+
 void mm_mark_regions(struct mm *mm, gfn_t start, gfn_t end)
 {
 	struct regions *set;

@@ -39,5 +39,10 @@ bool regions_cover(const struct regions *set, gfn_t start, gfn_t end);
 
 /* The home extent of an ANON region, made at the first call. NULL: -ENOMEM. mm->range held for reading. */
 struct extent *region_home(struct mm *mm, const struct region *r);
+/*
+ * Has the owner of a region that traps fill a frame that nobody sees yet. 0, KAGE_WAIT (for -EAGAIN too, which to who plans
+ * a change means "raced, again", and would be asked for ever), -errno. mm->range held.
+ */
+int region_touch(struct mm *mm, const struct region *r, gfn_t gfn, pfn_t pfn);
 
 #endif

@@ -124,7 +124,7 @@ KAGE_API int kage_kvm_attach(struct kage_vm *vm, int vmfd, const struct kage_kvm
  * Detaches: pages that the kernel made private are adopted first, so that the
  * guest's contents stay in the engine; then slots and windows go. vCPUs must not
  * run. NULL is fine. Returns KAGE_OK, -EBUSY (the helper runs; stop it first),
- * -ENOMEM (nothing was detached).
+ * -ENOMEM, -EAGAIN (a page of a `granule` cannot be had yet: its `touch` said KAGE_WAIT); nothing was detached then.
  */
 KAGE_API int kage_kvm_detach(struct kage_kvm *kvm);
 
@@ -170,7 +170,7 @@ KAGE_API int kage_kvm_trap_fd(struct kage_kvm *kvm);
 KAGE_API int kage_kvm_trap_run(struct kage_kvm *kvm, int timeout_ms);
 /**
  * Gives up trapping, for a watchdog whose handler died: waiting vCPUs wake, the
- * guest falls to native. Trapped regions answer with zeroes from then on. Returns KAGE_OK, -ENOENT.
+ * guest falls to native. Trapped regions answer with zeroes from then on, until detach, and `touch` is not called. Returns KAGE_OK, -ENOENT.
  */
 KAGE_API int kage_kvm_trap_abandon(struct kage_kvm *kvm);
 
@@ -199,7 +199,8 @@ enum kage_kvm_reconcile_flags {
 /**
  * Finds pages whose COW the kernel broke and drops the frames they shared
  * (native). Returns the number of pages that are private to the host now (adopted ones
- * not counted), at most INT_MAX; -ENOMEM; -EOPNOTSUPP (ADOPT without write protection and without `pause`).
+ * not counted), at most INT_MAX; -ENOMEM; -EOPNOTSUPP (ADOPT without write protection and without `pause`);
+ * -EAGAIN (as kage_kvm_detach()).
  */
 KAGE_API int kage_kvm_reconcile(struct kage_kvm *kvm, uint32_t flags);
 

@@ -79,7 +79,7 @@ struct kage_region {
 	 * TRAP: fills `page` (KAGE_PAGE_SIZE bytes of zeroes, not yet visible
 	 * to the guest) for the page at `gpa`. Returns 0, or KAGE_WAIT (the
 	 * access returns KAGE_WAIT and nothing is installed), or -errno (the
-	 * access returns it). NULL: pages stay zero. May run on several
+	 * access returns it; KAGE_WAIT for -EAGAIN). NULL: pages stay zero. May run on several
 	 * threads at once, for one page too: one of them wins.
 	 * Must not call the engine.
 	 */
@@ -142,7 +142,7 @@ KAGE_API int kage_vm_advise(struct kage_vm *vm, uint64_t gpa, uint64_t len, enum
  * EXTERNAL regions are copied. Time does not depend on the size of the guest
  * apart from those. vCPUs, listeners and dirty logs are not cloned.
  *
- * Returns KAGE_OK, -EINVAL, -E2BIG, -ENOMEM, -ETIMEDOUT, -EDEADLK.
+ * Returns KAGE_OK, -EINVAL, -E2BIG, -ENOMEM, -ETIMEDOUT, -EDEADLK, -EAGAIN (as kage_kvm_detach()).
  */
 KAGE_API int kage_vm_clone(struct kage_vm *vm, const struct kage_vm_config *config,
 			   struct kage_vm **out);

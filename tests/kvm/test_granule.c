@@ -626,6 +626,86 @@ static void fetched_holds(struct kage_vm *vm, unsigned from, unsigned to)
 	audit();
 }
 
+static _Atomic unsigned asked;
+static int answer;
+
+static int fetch_answer(void *opaque, uint64_t gpa, void *page)
+{
+	atomic_fetch_add(&asked, 1);
+	return asked > 1000 ? -EIO : answer; /* who asks for ever comes to an end */
+}
+
+static struct bare trapping_bare(int says)
+{
+	struct kage_vm *vm;
+
+	answer = says;
+	atomic_store(&asked, 0);
+	ok(kage_vm_create(engine, NULL, &vm));
+	ok(kage_vm_map(vm, KAGE_CFG(kage_region, .flags = KAGE_REGION_TRAP, .len = 2 * MIB, .touch = fetch_answer)));
+	return attach(vm, KAGE_KVM_NATIVE);
+}
+
+/* An owner who says -EAGAIN is asked once an access, which hears KAGE_WAIT. */
+START_TEST(later_is_not_again)
+{
+	need(has(KAGE_KVM_USERFAULTFD), "no userfaultfd: nothing traps");
+	for (unsigned g = 0; g < 3; g++) {
+		uint64_t word = 1;
+		struct bare a;
+
+		granule = (uint32_t)granules[g];
+		engine_up();
+		a = trapping_bare(-EAGAIN);
+		is(kage_vm_read(a.vm, 5 * PAGE, &word, sizeof(word)), KAGE_WAIT);
+		same(asked, 1);
+		is(kage_vm_write(a.vm, 5 * PAGE, &word, sizeof(word)), KAGE_WAIT);
+		same(asked, 2);
+		is(kage_kvm_detach(a.kvm), 0);
+		is(kage_vm_read(a.vm, 5 * PAGE, &word, sizeof(word)), KAGE_WAIT);
+		same(asked, 3);
+		close(a.fd);
+		ok(kage_vm_destroy(a.vm));
+		engine_down();
+	}
+}
+END_TEST
+
+/* Once trapping is abandoned what was not fetched is zero, for everybody: nobody is told to wait for it. */
+START_TEST(abandoned_is_zero)
+{
+	need(has(KAGE_KVM_USERFAULTFD), "no userfaultfd: nothing traps");
+	for (unsigned g = 0; g < 3; g++) {
+		struct kage_vm *clone;
+		struct bare a;
+
+		granule = (uint32_t)granules[g];
+		engine_up();
+		a = trapping_bare(KAGE_WAIT);
+		ok(kage_kvm_trap_abandon(a.kvm));
+		put(&a, 5 * PAGE, 7);
+		put(&a, 100 * PAGE, 8);
+		same(read64(a.vm, 5 * PAGE), 7);
+		same(read64(a.vm, 6 * PAGE), 0);
+		write64(a.vm, 50 * PAGE, 9);
+		same(get(&a, 50 * PAGE), 9);
+		is(kage_kvm_reconcile(a.kvm, KAGE_KVM_ADOPT), 0);
+		put(&a, 200 * PAGE, 10);
+		ok(kage_vm_clone(a.vm, NULL, &clone));
+		same(read64(clone, 200 * PAGE), 10);
+		put(&a, 300 * PAGE, 11);
+		ok(kage_kvm_detach(a.kvm));
+		same(asked, 0);
+		for (unsigned p = 0; p < 5; p++)
+			same(read64(a.vm, (unsigned[]){5, 100, 50, 200, 300}[p] * PAGE), 7 + p);
+		close(a.fd);
+		ok(kage_vm_destroy(a.vm));
+		ok(kage_vm_destroy(clone));
+		engine_down();
+	}
+}
+END_TEST
+
 /* Some pages of a granule have been fetched, and one of the others is not to be had yet: attaching waits for it with an errno. */
 START_TEST(half_fetched_granules)
 {
@@ -711,6 +791,8 @@ int main(void)
 	add_test(s, pins_wait_for_what_is_shown, 1);
 	add_test(s, scattered_pins_are_refused, 1);
 	add_test(s, half_fetched_granules, 1);
+	add_test(s, later_is_not_again, 1);
+	add_test(s, abandoned_is_zero, 1);
 	add_test(s, odd_regions_are_refused, 1);
 	r = srunner_create(s);
 	srunner_run_all(r, CK_NORMAL);
