@@ -38,23 +38,26 @@ static int found_run(void *arg, char *from, char *to)
 	return 0;
 }
 
-/* Without a word from the kernel: what is not the frame's content is the guest's own. */
+/*
+ * Without a word from the kernel: what is not the frame's content is the guest's own. A page that is there needs no
+ * look, which may trap: the kernel's by the table, or one with a frame that lies gathered in the window (map_gathered()).
+ */
 static bool page_differs(struct kage_kvm *k, const struct run *piece, gfn_t gfn)
 {
 	pfn_t pfn = piece->kind == RUN_ZERO ? PFN_ZERO : run_pfn(piece, gfn);
 	const struct region *reg;
+	struct mm_lookup l;
 	bool absent;
-	entry_t e;
 
 	rcu_enter();
 	reg = mm_region(k->mm, gfn);
-	e = mm_lookup(k->mm, gfn).entry;
+	l = mm_lookup(k->mm, gfn);
 	absent = piece->kind == RUN_ZERO && reg && reg->flags & KAGE_REGION_TRAP && !k->mirror.abandoned; /* looking would trap */
 	rcu_leave();
-	if (absent)
-		return false;
-	return entry_state(e) == ENTRY_HOST_PRIVATE ||
-	       guest_compare(kvm_hva(k, gfn), pfn_hva(k->pool, pfn), PAGE_SIZE) != 0;
+	if (entry_state(l.entry) == ENTRY_HOST_PRIVATE ||
+	    (piece->kind == RUN_ZERO && entry_is_leaf(l.entry) && !pfn_is_zero(l.pfn)))
+		return true;
+	return !absent && guest_compare(kvm_hva(k, gfn), pfn_hva(k->pool, pfn), PAGE_SIZE) != 0;
 }
 
 static void compare_range(struct kage_kvm *k, const struct run *piece, struct found *f)
