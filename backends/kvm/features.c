@@ -60,7 +60,6 @@ static const char no_ring[] = "KVM has no dirty rings, or smaller ones than dirt
 static const char no_ring_arm64[] = "not used on arm64: what KVM itself writes is in a bitmap, in no ring";
 #endif
 static const char no_ring_wanted[] = "not needed: dirty_ring_bytes is 0";
-static const char large_pages[] = "KVM logs pages of the host, and those are larger than 4 KiB";
 static const char no_readonly[] = "KVM has no read-only slots";
 static const char no_memory_fault[] = "the kernel is too old: KVM_EXIT_MEMORY_FAULT came with Linux 6.8";
 
@@ -406,13 +405,8 @@ static void probe_kvm(struct features *f, const struct kage_kvm_config *config, 
 	}
 	f->slots = (uint32_t)extension(vmfd, KVM_CAP_NR_MEMSLOTS);
 	f->dirty_manual = (uint32_t)extension(vmfd, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
-	if (host_page_size() == PAGE_SIZE) {
-		probe_one(f, KAGE_KVM_DIRTY_LOG, extension(vmfd, KVM_CAP_USER_MEMORY) > 0, no_log);
-		probe_ring(f, config, vmfd);
-	} else {
-		set_missing(f, KAGE_KVM_DIRTY_LOG, EOPNOTSUPP, large_pages);
-		set_missing(f, KAGE_KVM_DIRTY_RING, EOPNOTSUPP, large_pages);
-	}
+	probe_one(f, KAGE_KVM_DIRTY_LOG, extension(vmfd, KVM_CAP_USER_MEMORY) > 0, no_log);
+	probe_ring(f, config, vmfd);
 	probe_one(f, KAGE_KVM_READONLY_SLOT, extension(vmfd, KVM_CAP_READONLY_MEM) > 0, no_readonly);
 	probe_one(f, KAGE_KVM_MEMORY_FAULT, extension(vmfd, KVM_CAP_MEMORY_FAULT_INFO) > 0, no_memory_fault);
 }

@@ -192,25 +192,35 @@ static int repair_note(struct check *c, const struct run *piece, bool mapped)
 	return 0;
 }
 
-/* Pages of runs that no VMA at all covers: their window has been unmapped. */
+/* The page of the host at gfn has been unmapped. */
+static bool page_gone(const struct kage_kvm *k, gfn_t gfn)
+{
+	unsigned char vec;
+
+	return mincore(kvm_hva(k, gfn), host_page_size(), &vec) != 0 && errno == ENOMEM;
+}
+
+/* Pieces of runs that no VMA at all covers: their window has been unmapped. What is there beside them stays. */
 static int repair_gaps(struct check *c)
 {
+	const uint64_t page = host_page_size() >> PAGE_SHIFT;
 	struct kage_kvm *k = c->k;
 	const struct run *run;
-	unsigned char vec;
 	int fixed = 0;
 
 	for (gfn_t at = GFN(0); (run = runs_from(&k->runs, at));) {
 		struct run piece = *run;
-		struct run one;
 
 		at = run_end(&piece);
-		for (gfn_t g = piece.gfn; g.v < at.v; g.v++) {
-			if (mincore(kvm_hva(k, g), PAGE_SIZE, &vec) == 0 || errno != ENOMEM)
-				continue;
-			one = (struct run){
-			    .gfn = g, .npages = 1, .pfn = run_pfn(&piece, g), .kind = piece.kind};
-			if (mirror_map(k, &one) == 0)
+		for (gfn_t g = piece.gfn, next; g.v < at.v; g = next) {
+			struct run one = {.gfn = g, .pfn = run_pfn(&piece, g), .kind = piece.kind};
+
+			for (next = g; next.v < at.v && page_gone(k, next); next = gfn_add(next, page))
+				;
+			one.npages = next.v - g.v;
+			if (one.npages == 0)
+				next = gfn_add(g, page);
+			else if (mirror_map(k, &one) == 0)
 				fixed++;
 		}
 	}

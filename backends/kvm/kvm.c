@@ -95,6 +95,7 @@ static int open_slots(struct kage_kvm *k)
 		.first = k->config.slot_first, .count = k->config.slot_count,
 		.readonly = feature_used(&k->features, KAGE_KVM_READONLY_SLOT),
 		.bitmap = feature_used(&k->features, KAGE_KVM_DIRTY_LOG) && !k->config.dirty_ring_bytes,
+		.unit = (uint32_t)(host_page_size() >> PAGE_SHIFT),
 		.set_slot = k->config.set_slot, .opaque = k->config.opaque,
 	};
 	int r = slots_init(&k->slots, k->env, k->vmfd, &c);

@@ -34,6 +34,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
+#include "frame/pool.h"
 #include "ring.h"
 
 #ifndef KVM_DIRTY_LOG_PAGE_OFFSET
@@ -84,7 +85,7 @@ void rings_finish(struct rings *r)
 /* Is there a page? A kernel before 5.14 cannot say: `otherwise`. */
 static bool has_page(void *at, bool otherwise)
 {
-	if (madvise(at, PAGE_SIZE, MADV_POPULATE_READ) == 0)
+	if (madvise(at, host_page_size(), MADV_POPULATE_READ) == 0)
 		return true;
 	return errno == EINVAL ? otherwise : false;
 }
@@ -95,16 +96,16 @@ static bool has_page(void *at, bool otherwise)
  */
 static int ring_map(int vcpufd, size_t bytes, char **out)
 {
-	char *map = mmap(NULL, bytes + PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, vcpufd,
-			 KVM_DIRTY_LOG_PAGE_OFFSET * PAGE_SIZE);
+	size_t page = host_page_size();
+	char *map = mmap(NULL, bytes + page, PROT_READ | PROT_WRITE, MAP_SHARED, vcpufd, KVM_DIRTY_LOG_PAGE_OFFSET * page);
 
 	if (map == MAP_FAILED)
 		return errno == ENODEV ? -EINVAL : -errno;
-	if (!has_page(map + bytes - PAGE_SIZE, true) || has_page(map + bytes, false)) {
-		munmap(map, bytes + PAGE_SIZE);
+	if (!has_page(map + bytes - page, true) || has_page(map + bytes, false)) {
+		munmap(map, bytes + page);
 		return -EINVAL;
 	}
-	munmap(map + bytes, PAGE_SIZE);
+	munmap(map + bytes, page);
 	*out = map;
 	return 0;
 }
@@ -115,7 +116,7 @@ int ring_add(struct rings *r, int vcpufd, size_t bytes)
 	char *map = NULL;
 	int err;
 
-	if (!KVM_DIRTY_LOG_PAGE_OFFSET || bytes < PAGE_SIZE || (bytes & (bytes - 1)) ||
+	if (!KVM_DIRTY_LOG_PAGE_OFFSET || bytes < host_page_size() || (bytes & (bytes - 1)) ||
 	    bytes / sizeof(struct kvm_dirty_gfn) > UINT32_MAX / 2)
 		return -EINVAL;
 	if (ioctl(r->vmfd, KVM_RESET_DIRTY_RINGS, 0) < 0) /* refused if the VM has no rings */
@@ -148,19 +149,19 @@ static uint32_t entry_flags(const struct kvm_dirty_gfn *e)
 }
 
 /* Neighbours become one run. False: no room, and nothing was put. */
-static bool batch_put(struct rings *r, gfn_t gfn)
+static bool batch_put(struct rings *r, gfn_t gfn, uint32_t unit)
 {
 	struct ring_run *last = r->batched ? &r->batch[r->batched - 1] : NULL;
 
 	if (last && gfn.v - last->gfn.v < last->npages)
 		return true;
 	if (last && gfn.v == last->gfn.v + last->npages) {
-		last->npages++;
+		last->npages += unit;
 		return true;
 	}
 	if (r->batched == BATCH)
 		return false;
-	r->batch[r->batched++] = (struct ring_run){.gfn = gfn, .npages = 1};
+	r->batch[r->batched++] = (struct ring_run){.gfn = gfn, .npages = unit};
 	return true;
 }
 
@@ -173,7 +174,7 @@ static bool ring_take(struct rings *r, struct ring *ring, const struct slots *s)
 
 		if (entry_flags(e) != KVM_DIRTY_GFN_F_DIRTY)
 			break;
-		if (slots_gfn(s, e->slot, e->offset, &gfn) && !batch_put(r, gfn))
+		if (slots_gfn(s, e->slot, e->offset, &gfn) && !batch_put(r, gfn, s->config.unit))
 			return false;
 		store_release(&e->flags, KVM_DIRTY_GFN_F_RESET); /* (3) */
 	}

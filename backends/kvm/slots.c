@@ -37,7 +37,13 @@
 #include "slots.h"
 
 #define ROOM_FIRST     16u
-#define SLOT_MAX_PAGES (((uint64_t)1 << 31) - 1) /* KVM_MEM_MAX_NR_PAGES of the kernel */
+#define SLOT_MAX_UNITS (((uint64_t)1 << 31) - 1) /* KVM_MEM_MAX_NR_PAGES of the kernel */
+
+/* KVM counts a slot in pages of the host. */
+static uint64_t slot_units(const struct slots *s, const struct slot *slot)
+{
+	return slot->npages / s->config.unit;
+}
 
 static int check_extension(int vmfd, unsigned long cap)
 {
@@ -77,6 +83,8 @@ int slots_init(struct slots *s, struct env *env, int vmfd, const struct slots_co
 	*s = (struct slots){.env = env, .vmfd = vmfd, .config = *config};
 	if (!s->config.count)
 		s->config.count = have - config->first;
+	if (!s->config.unit)
+		s->config.unit = 1;
 	s->clear = check_extension(vmfd, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) > 0;
 	return 0;
 }
@@ -156,23 +164,23 @@ static int room_grow(struct slots *s, uint32_t n)
 	return 0;
 }
 
-static void bitmap_replace(struct slots *s, uint64_t *bitmap, uint64_t pages)
+static void bitmap_replace(struct slots *s, uint64_t *bitmap, uint64_t units)
 {
-	env_free(s->env, s->bitmap, ALIGN_UP(s->bitmap_pages, 64) / 8);
+	env_free(s->env, s->bitmap, ALIGN_UP(s->bitmap_units, 64) / 8);
 	s->bitmap = bitmap;
-	s->bitmap_pages = pages;
+	s->bitmap_units = units;
 }
 
 static int bitmap_grow(struct slots *s, uint64_t pages)
 {
-	uint64_t *bitmap;
+	uint64_t *bitmap, units = ALIGN_UP(pages, (uint64_t)s->config.unit) / s->config.unit;
 
-	if (!s->config.bitmap || pages <= s->bitmap_pages)
+	if (!s->config.bitmap || units <= s->bitmap_units)
 		return 0;
-	bitmap = env_alloc(s->env, ALIGN_UP(pages, 64) / 8);
+	bitmap = env_alloc(s->env, ALIGN_UP(units, 64) / 8);
 	if (!bitmap)
 		return -ENOMEM;
-	bitmap_replace(s, bitmap, pages);
+	bitmap_replace(s, bitmap, units);
 	return 0;
 }
 
@@ -224,7 +232,7 @@ int slots_add(struct slots *s, gfn_t gfn, uint64_t npages, void *hva, bool reado
 	uint32_t at, index;
 	int r;
 
-	if (!npages || npages > SLOT_MAX_PAGES)
+	if (!npages || (gfn.v | npages) % s->config.unit || slot_units(s, &slot) > SLOT_MAX_UNITS)
 		return -EINVAL;
 	if (readonly && !s->config.readonly)
 		return -EOPNOTSUPP;
@@ -268,9 +276,9 @@ bool slots_gfn(const struct slots *s, uint32_t id, uint64_t offset, gfn_t *gfn)
 {
 	uint32_t index = (id & 0xffff) - s->config.first; /* bits 31:16 are the address space */
 
-	if (index >= s->room || offset >= s->slot[index].npages)
+	if (index >= s->room || offset >= slot_units(s, &s->slot[index]))
 		return false;
-	*gfn = gfn_add(s->slot[index].gfn, offset);
+	*gfn = gfn_add(s->slot[index].gfn, offset * s->config.unit);
 	return true;
 }
 
@@ -304,13 +312,13 @@ static int log_get(struct slots *s, uint32_t index)
 	return ioctl(s->vmfd, KVM_GET_DIRTY_LOG, &log) < 0 ? -errno : 0;
 }
 
-/* Clears words [first, end) of what log_get() found. KVM wants multiples of 64 pages, but at the end. */
+/* Clears words [first, end) of what log_get() found. KVM wants multiples of 64 units, but at the end. */
 static int log_clear(struct slots *s, uint32_t index, uint64_t first, uint64_t end)
 {
 	struct kvm_clear_dirty_log log = {
 	    .slot = s->config.first + index,
 	    .first_page = first * 64,
-	    .num_pages = (uint32_t)(MIN(end * 64, s->slot[index].npages) - first * 64),
+	    .num_pages = (uint32_t)(MIN(end * 64, slot_units(s, &s->slot[index])) - first * 64),
 	    .dirty_bitmap = s->bitmap + first,
 	};
 
@@ -320,7 +328,7 @@ static int log_clear(struct slots *s, uint32_t index, uint64_t first, uint64_t e
 /* Fetches a slot's log and has its pages protected again. Words [*first, *end) hold all that is set. */
 static int log_take(struct slots *s, uint32_t index, uint64_t *first, uint64_t *end)
 {
-	uint64_t words = ALIGN_UP(s->slot[index].npages, 64) / 64;
+	uint64_t words = ALIGN_UP(slot_units(s, &s->slot[index]), 64) / 64;
 	int r = log_get(s, index);
 
 	*first = *end = 0;
@@ -336,14 +344,14 @@ static int log_take(struct slots *s, uint32_t index, uint64_t *first, uint64_t *
 	return s->clear ? log_clear(s, index, *first, *end) : 0;
 }
 
-/* Passes on the runs of set bits; a run may span many words. */
-static void mark_runs(const uint64_t *bitmap, uint64_t first, uint64_t end, gfn_t base, slots_mark_fn *mark,
-		      void *arg)
+/* Passes on the runs of set bits of words [first, end); a run may span many words. */
+static void mark_runs(const struct slots *s, uint64_t first, uint64_t end, gfn_t base, slots_mark_fn *mark, void *arg)
 {
+	uint64_t unit = s->config.unit;
 	uint64_t from = 0, to = 0; /* the run that is open, empty if there is none */
 
 	for (uint64_t w = first; w < end; w++) {
-		uint64_t bits = bitmap[w];
+		uint64_t bits = s->bitmap[w];
 
 		while (bits) {
 			unsigned at = __builtin_ctzll(bits);
@@ -351,7 +359,7 @@ static void mark_runs(const uint64_t *bitmap, uint64_t first, uint64_t end, gfn_
 
 			if (w * 64 + at != to) {
 				if (from != to)
-					mark(arg, gfn_add(base, from), to - from);
+					mark(arg, gfn_add(base, from * unit), (to - from) * unit);
 				from = w * 64 + at;
 			}
 			to = w * 64 + at + len;
@@ -359,7 +367,7 @@ static void mark_runs(const uint64_t *bitmap, uint64_t first, uint64_t end, gfn_
 		}
 	}
 	if (from != to)
-		mark(arg, gfn_add(base, from), to - from);
+		mark(arg, gfn_add(base, from * unit), (to - from) * unit);
 }
 
 /* All that may have been written in a slot. Without a log, or if KVM does not give it, that is all of it. */
@@ -381,7 +389,7 @@ static int slot_dirty(struct slots *s, uint32_t index, slots_mark_fn *mark, void
 		mark(arg, slot->gfn, slot->npages);
 		return r;
 	}
-	mark_runs(s->bitmap, first, end, slot->gfn, mark, arg);
+	mark_runs(s, first, end, slot->gfn, mark, arg);
 	return 0;
 }
 

@@ -24,6 +24,7 @@ struct slots_config {
 	uint32_t first, count; /* ids that may be used; count 0: from `first` as many as KVM has */
 	bool readonly;	       /* KVM_MEM_READONLY may be used */
 	bool bitmap;	       /* KVM_GET_DIRTY_LOG may be used (not beside dirty rings) */
+	uint32_t unit;	       /* pages of 4 KiB in one of the host's, in which KVM counts; a power of two, 0: 1 */
 	/* NULL: KVM_SET_USER_MEMORY_REGION */
 	int (*set_slot)(void *opaque, const struct kage_kvm_slot *slot);
 	void *opaque;
@@ -38,8 +39,8 @@ struct slots {
 	uint32_t used, room;
 	struct slot *slot; /* [room], by id - first */
 	uint32_t *order;   /* [room], a permutation: the used ones by gfn, then the free ones */
-	uint64_t *bitmap;  /* for one slot's dirty log */
-	uint64_t bitmap_pages;
+	uint64_t *bitmap;  /* for one slot's dirty log: a bit a unit */
+	uint64_t bitmap_units;
 };
 
 /* Is it the descriptor of a KVM VM? */
@@ -64,7 +65,7 @@ int slots_reserve(struct slots *s, uint32_t n, uint64_t largest);
 /*
  * Puts [gfn, gfn + npages) at hva. Returns 0; -ENOSPC (no id is left); -EEXIST
  * (overlaps a slot, of anybody's); -EOPNOTSUPP (read-only slots are not there);
- * -EINVAL (npages is 0 or 2^31 and more: KVM's limit); -ENOMEM; errno of the ioctl.
+ * -EINVAL (npages is 0, or 2^31 units and more: KVM's limit; or not in whole units); -ENOMEM; errno of the ioctl.
  */
 int slots_add(struct slots *s, gfn_t gfn, uint64_t npages, void *hva, bool readonly);
 /*
@@ -83,7 +84,7 @@ int slots_log(struct slots *s, bool on);
 /*
  * Takes the dirty log of every slot that overlaps [start, end) and passes it
  * on, whole slots at a time: also pages outside of the range, for their bits are
- * gone from KVM. A page is marked after KVM write-protected it again: a write that
+ * gone from KVM, and all pages of a unit. A page is marked after KVM write-protected it again: a write that
  * the mark does not cover is logged anew.
  *
  * A page that is not there yet when the guest reads it may be marked as well: KVM maps it writable.
@@ -92,7 +93,7 @@ int slots_log(struct slots *s, bool on);
  */
 int slots_dirty(struct slots *s, gfn_t start, gfn_t end, slots_mark_fn *mark, void *arg);
 
-/* Page `offset` of slot `id` as dirty rings name it, whatever its address space. False: not one of ours. */
+/* The first page of unit `offset` of slot `id` as dirty rings name it, whatever its address space. False: not one of ours. */
 bool slots_gfn(const struct slots *s, uint32_t id, uint64_t offset, gfn_t *gfn);
 
 #endif

@@ -749,6 +749,39 @@ START_TEST(half_fetched_granules)
 }
 END_TEST
 
+/* What somebody else unmaps of a window is put right, in pieces that a host with such pages takes. */
+START_TEST(repairs_are_whole)
+{
+	for (unsigned g = 0; g < 3; g++) {
+		struct kvm_run run = {0};
+		struct bare a;
+		char *window;
+
+		granule = (uint32_t)granules[g];
+		engine_up();
+		a = new_bare(2 * MIB, KAGE_KVM_NATIVE);
+		for (unsigned p = 0; p < 512; p++)
+			put(&a, p * PAGE, p + 1);
+		window = kage_kvm_window(a.kvm, 0, 2 * MIB);
+		ok(munmap(window + 3 * granules[g], granules[g]));
+		ok(munmap(window + 6 * granules[g], 2 * granules[g]));
+		watched[0] = (struct watched){(uintptr_t)window, (uintptr_t)window + 2 * MIB};
+		piece = granules[g];
+		atomic_store(&odd_calls, 0);
+		is(kage_kvm_run_failed(a.kvm, -1, &run, EFAULT), KAGE_RETRY);
+		piece = 0;
+		watched[0] = (struct watched){0, 0};
+		same(odd_calls, 0);
+		expected_errors = atomic_load(&logged_errors);
+		audit();
+		for (unsigned p = 0; p < 512; p++)
+			same(get(&a, p * PAGE), p + 1);
+		free_bare(&a);
+		engine_down();
+	}
+}
+END_TEST
+
 /* What does not begin and end on granules is refused before anything happens. */
 START_TEST(odd_regions_are_refused)
 {
@@ -792,6 +825,7 @@ int main(void)
 	add_test(s, half_fetched_granules, 1);
 	add_test(s, later_is_not_again, 1);
 	add_test(s, abandoned_is_zero, 1);
+	add_test(s, repairs_are_whole, 1);
 	add_test(s, odd_regions_are_refused, 1);
 	r = srunner_create(s);
 	srunner_run_all(r, CK_NORMAL);

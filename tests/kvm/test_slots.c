@@ -6,6 +6,7 @@
  * arm64_slots.h). Its tables map the first GiB to itself, accessed
  * and dirty bits set beforehand: it writes nothing but what is asked for.
  */
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -67,6 +68,119 @@ struct vm {
 
 static int kvm_fd; /* /dev/kvm */
 
+/* -- a KVM on a host with larger pages ------------------------------------------------------ */
+
+/*
+ * It counts in pages of `unit` times 4 KiB: in bitmaps, and in the offsets of rings. Here that is made of what this
+ * KVM says, between it and the backend; `unit` 1: nothing is.
+ */
+static unsigned unit = 1;
+
+#define FAKE_SLOTS 16
+#define FAKE_WORDS (DATA_PAGES / 64)
+
+static uint64_t fake_pages[FAKE_SLOTS]; /* of each slot */
+static struct kvm_dirty_gfn *fake_ring;
+static uint64_t *fake_offset; /* what KVM wrote, + 1; 0: the entry is as KVM wrote it */
+static unsigned fake_entries;
+
+static int fake_get(int fd, struct kvm_dirty_log *log)
+{
+	uint64_t all[FAKE_WORDS] = {0}, units = fake_pages[log->slot] / unit, *to = log->dirty_bitmap;
+	struct kvm_dirty_log real = {.slot = log->slot, .dirty_bitmap = all};
+	int r = (int)syscall(SYS_ioctl, fd, KVM_GET_DIRTY_LOG, &real);
+
+	if (r)
+		return r;
+	memset(to, 0, (units + 63) / 64 * 8);
+	for (uint64_t i = 0; i < fake_pages[log->slot]; i++)
+		if (all[i / 64] >> i % 64 & 1)
+			to[i / unit / 64] |= 1ull << i / unit % 64;
+	return 0;
+}
+
+static int fake_clear(int fd, const struct kvm_clear_dirty_log *log)
+{
+	uint64_t all[FAKE_WORDS] = {0}, end = log->first_page + (uint64_t)log->num_pages;
+	struct kvm_clear_dirty_log real = {.slot = log->slot, .first_page = log->first_page * unit,
+					   .num_pages = log->num_pages * unit, .dirty_bitmap = all};
+	const uint64_t *from = log->dirty_bitmap;
+
+	if (log->first_page % 64 || end > fake_pages[log->slot] / unit ||
+	    (log->num_pages % 64 && end != fake_pages[log->slot] / unit)) {
+		errno = EINVAL; /* as KVM */
+		return -1;
+	}
+	for (uint64_t i = 0; i < real.num_pages; i++)
+		if (from[i / unit / 64] >> i / unit % 64 & 1)
+			all[i / 64] |= 1ull << i % 64;
+	return (int)syscall(SYS_ioctl, fd, KVM_CLEAR_DIRTY_LOG, &real);
+}
+
+/* What is dirty in the ring is named in larger pages, until it goes back. */
+static void fake_ring_fold(void)
+{
+	for (unsigned i = 0; i < fake_entries; i++)
+		if (fake_ring[i].flags == KVM_DIRTY_GFN_F_DIRTY && !fake_offset[i]) {
+			fake_offset[i] = fake_ring[i].offset + 1;
+			fake_ring[i].offset /= unit;
+		}
+}
+
+static void fake_ring_unfold(void)
+{
+	for (unsigned i = 0; i < fake_entries; i++)
+		if (fake_offset[i]) {
+			fake_ring[i].offset = fake_offset[i] - 1;
+			fake_offset[i] = 0;
+		}
+}
+
+/* A second view of a vCPU's ring, which the test changes. */
+static void fake_ring_view(int cpu, unsigned bytes)
+{
+	fake_entries = bytes / sizeof(*fake_ring);
+	fake_ring = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, cpu, KVM_DIRTY_LOG_PAGE_OFFSET * 4096);
+	ck_assert_ptr_ne(fake_ring, MAP_FAILED);
+	fake_offset = calloc(fake_entries, sizeof(*fake_offset));
+	ck_assert_ptr_nonnull(fake_offset);
+}
+
+static void fake_ring_end(void)
+{
+	if (fake_entries)
+		munmap(fake_ring, fake_entries * sizeof(*fake_ring));
+	free(fake_offset);
+	fake_offset = NULL;
+	fake_entries = 0;
+}
+
+/* This one stands before libc's at link time. */
+int ioctl(int fd, unsigned long request, ...)
+{
+	const struct kvm_userspace_memory_region *slot;
+	va_list args;
+	void *arg;
+	int r;
+
+	va_start(args, request);
+	arg = va_arg(args, void *);
+	va_end(args);
+	if (unit > 1 && request == KVM_GET_DIRTY_LOG && arg)
+		return fake_get(fd, arg);
+	if (unit > 1 && request == KVM_CLEAR_DIRTY_LOG)
+		return fake_clear(fd, arg);
+	if (unit > 1 && request == KVM_RESET_DIRTY_RINGS)
+		fake_ring_unfold();
+	r = (int)syscall(SYS_ioctl, fd, request, arg);
+	slot = arg;
+	if (unit > 1 && request == KVM_SET_USER_MEMORY_REGION && r == 0)
+		fake_pages[slot->slot] = slot->memory_size >> 12;
+	if (unit > 1 && request == KVM_RESET_DIRTY_RINGS)
+		fake_ring_fold();
+	return r;
+}
+
 #if defined(__x86_64__)
 #include "x86_slots.h"
 #else
@@ -121,12 +235,14 @@ static void vm_create(struct vm *vm, unsigned manual, unsigned ring_bytes)
 	ck_assert_int_eq(rings_init(&vm->rings, &vm->env, vm->fd), 0);
 	if (ring_bytes)
 		ck_assert_int_eq(ring_add(&vm->rings, vm->cpu, ring_bytes), 0);
+	if (ring_bytes && unit > 1)
+		fake_ring_view(vm->cpu, ring_bytes);
 }
 
 /* The same with slots ready, and the one at 0 there. */
 static void vm_start(struct vm *vm, unsigned manual, unsigned ring_bytes)
 {
-	struct slots_config c = {.readonly = true, .bitmap = !ring_bytes};
+	struct slots_config c = {.readonly = true, .bitmap = !ring_bytes, .unit = unit};
 
 	vm_create(vm, manual, ring_bytes);
 	ck_assert_int_eq(slots_init(&vm->slots, &vm->env, vm->fd, &c), 0);
@@ -135,6 +251,7 @@ static void vm_start(struct vm *vm, unsigned manual, unsigned ring_bytes)
 
 static void vm_stop(struct vm *vm)
 {
+	fake_ring_end();
 	slots_finish(&vm->slots);
 	rings_finish(&vm->rings);
 	munmap(vm->run, vm->run_bytes);
@@ -177,6 +294,8 @@ static void count_mark(void *arg, gfn_t gfn, uint64_t npages)
 
 static int vm_harvest(struct vm *vm, gfn_t start, gfn_t end, slots_mark_fn *mark, void *arg)
 {
+	if (vm->ring_bytes && unit > 1)
+		fake_ring_fold();
 	if (vm->ring_bytes)
 		return rings_harvest(&vm->rings, &vm->slots, mark, arg);
 	return slots_dirty(&vm->slots, start, end, mark, arg);
@@ -584,8 +703,10 @@ END_TEST
 /* -- exactness ----------------------------------------------------------------------------- */
 
 /* Sizes around the words of a bitmap; between two slots lies a hole of their index. */
-static const uint64_t area_pages[] = {1, 63, 64, 65, 100, 127, 128, 1, 2000, 513, 64};
-#define AREAS	   ARRAY_SIZE(area_pages)
+static const uint64_t small_areas[] = {1, 63, 64, 65, 100, 127, 128, 1, 2000, 513, 64};
+static const uint64_t large_areas[] = {1, 3, 64, 65, 2, 127, 128, 1, 5, 33, 4}; /* in units */
+#define AREAS	   ARRAY_SIZE(small_areas)
+static uint64_t area_pages[AREAS];
 
 struct oracle {
 	struct vm *vm;
@@ -619,9 +740,10 @@ static void oracle_areas(struct oracle *o)
 	uint64_t gfn = DATA;
 
 	for (unsigned i = 0; i < AREAS; i++) {
+		area_pages[i] = unit == 1 ? small_areas[i] : unit * large_areas[i];
 		o->gfn[i] = GFN(gfn);
 		ck_assert_int_eq(vm_add(o->vm, gfn, area_pages[i]), 0);
-		gfn += area_pages[i] + i + 1;
+		gfn += area_pages[i] + (i + 1) * unit;
 	}
 }
 
@@ -642,7 +764,7 @@ static void oracle_write(struct oracle *o, struct rng *rng)
 			uint64_t gfn = o->gfn[a].v + at + i;
 
 			list[n++] = gfn << 12 | rng_below(rng, 512) << 3;
-			o->written[gfn - DATA] = 1;
+			memset(&o->written[(gfn - DATA) / unit * unit], 1, unit);
 		}
 	}
 	vm_write(o->vm, list, n, rng_next(rng), oracle_mark, o);
@@ -725,6 +847,35 @@ START_TEST(rings_are_exact)
 {
 	if (!no_rings())
 		exact_rounds(0, ring_sizes[_i], 150);
+}
+END_TEST
+
+static const unsigned units[] = {4, 16};
+
+/* KVM counts in pages of 16 and 64 KiB: each that is written marks its 4, its 16 guest pages, and nothing else. */
+START_TEST(the_log_is_exact_by_larger_pages)
+{
+	unsigned mode = manual_modes[_i % 3];
+	struct vm vm;
+
+	unit = units[_i / 3];
+	if (!no_manual(mode))
+		exact_rounds(mode, 0, times(60));
+	vm_start(&vm, 0, 0);
+	ck_assert_int_eq(vm_add(&vm, DATA, unit + 1), -EINVAL);
+	ck_assert_int_eq(vm_add(&vm, DATA + 1, unit), -EINVAL);
+	ck_assert_int_eq(vm_add(&vm, DATA + unit, unit), 0);
+	vm_stop(&vm);
+	unit = 1;
+}
+END_TEST
+
+START_TEST(rings_are_exact_by_larger_pages)
+{
+	unit = units[_i];
+	if (!no_rings())
+		exact_rounds(0, 65536, times(60));
+	unit = 1;
 }
 END_TEST
 
@@ -1084,6 +1235,8 @@ int main(void)
 	tcase_add_test(tc, memory_runs_out);
 	tcase_add_loop_test(tc, the_log_is_exact, 0, ARRAY_SIZE(manual_modes));
 	tcase_add_loop_test(tc, rings_are_exact, 0, ARRAY_SIZE(ring_sizes));
+	tcase_add_loop_test(tc, the_log_is_exact_by_larger_pages, 0, 3 * ARRAY_SIZE(units));
+	tcase_add_loop_test(tc, rings_are_exact_by_larger_pages, 0, ARRAY_SIZE(units));
 	tcase_add_test(tc, rings_are_emptied);
 	tcase_add_test(tc, runs_cross_words);
 	tcase_add_test(tc, without_a_log_everything_is_dirty);
