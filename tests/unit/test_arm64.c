@@ -727,6 +727,64 @@ START_TEST(test_flush_waits_for_all)
 }
 END_TEST
 
+/* Another vCPU remaps a page and flushes, once, in the middle of a store by the old translation. */
+struct remapper {
+	struct kage_notifier n;
+	uint64_t pte, to, gva;
+	unsigned times;
+};
+
+static void *remap(void *arg)
+{
+	struct remapper *m = arg;
+
+	guest_w64(&g, m->pte, m->to);
+	ck_assert_int_eq(kage_vcpu_flush(peer, KAGE_CFG(kage_flush, .kind = KAGE_FLUSH_PAGE, .gva = m->gva)), KAGE_OK);
+	return NULL;
+}
+
+static int remap_start(struct kage_notifier *n, const struct kage_range *range)
+{
+	struct remapper *m = (struct remapper *)n;
+	pthread_t thread;
+
+	if (range->start > at2 || range->end <= at2 || m->times++)
+		return 0;
+	ck_assert_int_eq(pthread_create(&thread, NULL, remap, m), 0);
+	return pthread_join(thread, NULL);
+}
+
+/*
+ * Stores to watched tables are done outside of windows. This one breaks COW on its way, after the address has been
+ * looked up: there the flush comes, and the store has to go where the page is now.
+ */
+START_TEST(test_flush_ends_watched_stores)
+{
+	static const struct kage_notifier_ops ops = {.invalidate_range_start = remap_start};
+	struct remapper m = {.to = PAGE_B, .gva = WINDOW + 0x1000};
+	struct kage_vm *clone;
+
+	start_unsync();
+	peer = cpu_with(0xfff, 52);
+	ck_assert_int_eq(kage_vcpu_set_regs(peer, &arm, sizeof(arm)), KAGE_OK);
+	m.pte = guest_r64(&g, arm.ttbr1) & PTE_ADDR; /* down to the last table */
+	m.pte = guest_r64(&g, m.pte) & PTE_ADDR;
+	m.pte = (guest_r64(&g, m.pte) & PTE_ADDR) + 8;
+	ck_assert_uint_eq(cpu_load(g.cpu, m.gva + 0x800), 0);
+	ck_assert_int_eq(kage_vm_clone(g.vm, NULL, &clone), KAGE_OK);
+	ck_assert_uint_eq(cpu_load(g.cpu, m.gva + 0x800), 0); /* read-only, and known */
+	ck_assert_int_eq(kage_notifier_register(g.vm, &m.n, &ops), KAGE_OK);
+	cpu_store(g.cpu, m.gva + 0x800, 0x1234);
+	ck_assert_uint_eq(m.times, 1);
+	ck_assert_uint_eq(guest_r64(&g, at2 + 0x800), 0);
+	ck_assert_uint_eq(guest_r64(&g, 0x2002800), 0x1234);
+	ck_assert_int_eq(kage_notifier_unregister(&m.n), KAGE_OK);
+	kage_vcpu_destroy(peer);
+	ck_assert_int_eq(kage_vm_destroy(clone), KAGE_OK);
+	stop();
+}
+END_TEST
+
 /* Waiting for a window of the thread's own would be for ever. */
 START_TEST(test_flush_within_a_window)
 {
@@ -773,6 +831,7 @@ int main(void)
 	tcase_add_test(all, test_new_ways);
 	tcase_add_test(all, test_new_asid);
 	tcase_add_test(all, test_flush_waits_for_all);
+	tcase_add_test(all, test_flush_ends_watched_stores);
 	tcase_add_test(all, test_flush_within_a_window);
 	suite_add_tcase(s, all);
 	r = srunner_create(s);
