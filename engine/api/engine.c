@@ -21,6 +21,8 @@
 #define RESERVE_DEFAULT ((uint64_t)4 << 20)
 #define WINDOW_TIMEOUT_MS 10000
 #define DEFER_DUE 1024 /* objects */
+#define SHARE_MAX 10000 /* percent: a hundred CPUs */
+#define SCAN_MSEC_MAX (24 * 3600 * 1000u)
 
 uint32_t kage_version(void)
 {
@@ -68,7 +70,7 @@ int api_result(struct kage_engine *e, const char *call, uint64_t gpa, uint64_t l
 
 static int engine_config(struct kage_engine_config *c, const struct kage_engine_config *config)
 {
-	int r = config ? config_check(config, sizeof(*c), sizeof(*c)) : 0;
+	int r = config ? config_check(config, sizeof(*c), offsetof(struct kage_engine_config, clock)) : 0;
 
 	if (r)
 		return r;
@@ -130,6 +132,7 @@ int kage_engine_create(const struct kage_engine_config *config, struct kage_engi
 	r = merge_init(&e->merge, &e->host, c.seed);
 	if (r)
 		goto finish_host;
+	pace_init(&e->pace);
 	brlock_init(&e->upkeep, RANK_UPKEEP, 0);
 	e->env.due = due;
 	e->env.due_arg = e;
@@ -210,11 +213,24 @@ void engine_refill(struct kage_vm *vm, gfn_t start, uint64_t npages)
 	mm_refill(&vm->mm, start, gfn_add(start, npages));
 }
 
+static int step_merge(struct kage_engine *e, const struct kage_budget *b, struct kage_progress *p, bool *more)
+{
+	struct paced paced;
+	int r;
+
+	if (!(b->flags & KAGE_BUDGET_ADVISED))
+		return merge_step(&e->merge, b->pages, b->usec, &p->pages_scanned, &p->pages_merged, more);
+	r = pace_step(&e->pace, &e->merge, b->pages, b->usec, &p->pages_scanned, &p->pages_merged, more, &paced);
+	p->pages_budget = paced.budget;
+	p->wait_usec = (paced.wait + 999) / 1000;
+	return r;
+}
+
 static int step_work(struct kage_engine *e, const struct kage_budget *b, struct kage_progress *p)
 {
 	struct brlock_held held;
 	bool more = false;
-	int r = merge_step(&e->merge, b->pages, b->usec, &p->pages_scanned, &p->pages_merged, &more);
+	int r = step_merge(e, b, p, &more);
 
 	held = brlock_read(&e->upkeep);
 	p->more = more;
@@ -254,25 +270,35 @@ int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, st
 		return -EINVAL;
 	r = budget ? config_check(budget, sizeof(b), sizeof(b)) : 0;
 	if (!r && progress)
-		r = config_check(progress, sizeof(p), sizeof(p));
+		r = config_check(progress, sizeof(p), offsetof(struct kage_progress, wait_usec));
 	if (r)
 		return r;
 	config_copy(&b, budget, sizeof(b));
+	if (b.flags & ~(uint32_t)KAGE_BUDGET_ADVISED)
+		return api_result(e, __func__, 0, 0, -EINVAL);
 	r = host_each_mm(&e->host, entered, NULL);
 	if (r)
 		return r;
 	n = read(e->event, &seen, sizeof(seen));
 	(void)n;
+	atomic_store(&e->env.paced, (b.flags & KAGE_BUDGET_ADVISED) != 0);
 	atomic_store(&e->due, false); /* after the read: what was told before it, this step does */
 	r = step_work(e, &b, &p);
 	host_each_mm(&e->host, mirror_step, NULL);
-	if (p.more || (atomic_load(&e->merge.on) && merge_waiting(&e->merge)))
+	if (!p.wait_usec && (p.more || (atomic_load(&e->merge.on) && merge_waiting(&e->merge))))
 		engine_due(e);
 	if (r == 0 && progress) {
 		p.size = progress->size;
-		*progress = p;
+		memcpy(progress, &p, MIN(p.size, sizeof(p)));
 	}
 	return r;
+}
+
+static bool tune_valid(const struct kage_tune *t)
+{
+	if (t->flags & ~(uint32_t)KAGE_TUNE_MERGE || t->no_zero_pages > 1 || t->max_sharing == 1)
+		return false;
+	return t->cpu_share <= SHARE_MAX && t->scan_msec <= SCAN_MSEC_MAX && (!t->max_pages || t->min_pages <= t->max_pages);
 }
 
 int kage_engine_tune(struct kage_engine *e, const struct kage_tune *tune)
@@ -282,12 +308,13 @@ int kage_engine_tune(struct kage_engine *e, const struct kage_tune *tune)
 
 	if (!e || !tune)
 		return -EINVAL;
-	r = config_check(tune, sizeof(t), sizeof(t));
+	r = config_check(tune, sizeof(t), offsetof(struct kage_tune, cpu_share));
 	if (r)
 		return api_result(e, __func__, 0, 0, r);
 	config_copy(&t, tune, sizeof(t));
-	if (t.flags & ~(uint32_t)KAGE_TUNE_MERGE || t.no_zero_pages > 1 || t.max_sharing == 1)
+	if (!tune_valid(&t))
 		return api_result(e, __func__, 0, 0, -EINVAL);
+	pace_tune(&e->pace, t.cpu_share, (uint64_t)t.scan_msec * 1000000, t.min_pages, t.max_pages);
 	merge_tune(&e->merge, t.flags & KAGE_TUNE_MERGE, t.no_zero_pages, t.max_sharing);
 	engine_due(e);
 	return KAGE_OK;

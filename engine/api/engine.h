@@ -7,6 +7,7 @@
 
 #include <kage/engine.h>
 #include "merge/merge.h"
+#include "merge/pace.h"
 #include "mm/mm.h"
 
 struct kage_engine {
@@ -14,6 +15,7 @@ struct kage_engine {
 	struct pool *pool;
 	struct host host;
 	struct merge merge;
+	struct pace pace;
 	struct brlock upkeep; /* read: frames are being reaped, the reserve refilled; write: the audit counts them */
 	int event; /* eventfd: a step is due */
 	_Atomic bool due; /* it has been told since the last step began */

@@ -11,6 +11,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 
 #include "base/env.h"
 
@@ -30,6 +31,14 @@ static void default_free(void *opaque, void *ptr, size_t bytes)
 	free(ptr);
 }
 
+static uint64_t default_now(void *opaque, enum kage_clock_id id)
+{
+	struct timespec t;
+
+	clock_gettime(id == KAGE_CLOCK_WALL ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
 void env_init(struct env *env, const struct kage_engine_config *config)
 {
 	memset(env, 0, sizeof(*env));
@@ -37,10 +46,13 @@ void env_init(struct env *env, const struct kage_engine_config *config)
 		env->alloc = config->alloc;
 		env->log = config->log;
 		env->log_opaque = config->log_opaque;
+		env->clock = config->clock;
 		env->window_timeout_ms = config->window_timeout_ms;
 	}
 	if (!env->alloc.alloc || !env->alloc.free)
 		env->alloc = (struct kage_alloc){.alloc = default_alloc, .free = default_free};
+	if (!env->clock.now)
+		env->clock = (struct kage_clock){.now = default_now};
 	if (!env->window_timeout_ms)
 		env->window_timeout_ms = WINDOW_TIMEOUT_MS;
 	defer_init(&env->defer);

@@ -17,10 +17,12 @@ struct env {
 	struct kage_alloc alloc;
 	void (*log)(void *opaque, int level, const char *line);
 	void *log_opaque;
+	struct kage_clock clock;
 	struct defer_queue defer;
 	unsigned window_timeout_ms;
 	void (*due)(void *arg); /* a step has something to do; NULL: nobody asks */
 	void *due_arg;
+	_Atomic bool paced; /* the last step was the advisor's: what guests write waits until it wants another */
 	struct trace_ring *trace; /* NULL: events are only probes */
 	_Atomic uint64_t corruptions;
 };
@@ -39,6 +41,12 @@ static inline void env_due(struct env *env)
 /* Zeroed, 64-byte aligned. NULL when the embedder's allocator says so. */
 void *env_alloc(struct env *env, size_t bytes);
 void env_free(struct env *env, void *ptr, size_t bytes); /* NULL ok */
+
+/* Nanoseconds by the embedder's clock. */
+static inline uint64_t env_now(const struct env *env, enum kage_clock_id id)
+{
+	return env->clock.now(env->clock.opaque, id);
+}
 
 void env_log(struct env *env, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 /* Something that cannot be: logged, counted, asserted in debug builds. */

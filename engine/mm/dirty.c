@@ -155,11 +155,17 @@ static void log_mark(struct dirty_log *log, gfn_t gfn, uint64_t npages)
 	}
 }
 
+/* Merging has something to do. Writes it hears of in its own time if the advisor sets the pace. */
+static bool marks_are_due(const struct dirty_log *log, uint32_t kind)
+{
+	return kind == DIRTY_MERGE || (kind == KAGE_DIRTY_WRITTEN && !READ_ONCE(log->env->paced));
+}
+
 static void logs_mark(struct mm *mm, uint32_t kind, gfn_t gfn, uint64_t npages)
 {
 	rcu_enter();
 	for (struct dirty_log *log = load_acquire(&mm->dirty); log; log = load_acquire(&log->next)) {
-		if (log->kind == DIRTY_MERGE && kind != KAGE_DIRTY_ACCESSED)
+		if (log->kind == DIRTY_MERGE && marks_are_due(log, kind))
 			env_due(log->env);
 		if (log->kind == kind || (log->kind == DIRTY_MERGE && kind == KAGE_DIRTY_WRITTEN))
 			log_mark(log, gfn, npages);

@@ -28,6 +28,18 @@ struct kage_alloc {
 	void *opaque;
 };
 
+enum kage_clock_id {
+	KAGE_CLOCK_WALL = 0,   /**< time that passes, from any beginning */
+	KAGE_CLOCK_THREAD = 1, /**< CPU time of the calling thread */
+};
+
+/** Replaces clock_gettime(2): for embedders that run on a time of their own, and for tests. */
+struct kage_clock {
+	/** Nanoseconds; never less than what it answered before. Any thread, no locks that a call of the engine is made under. */
+	uint64_t (*now)(void *opaque, enum kage_clock_id id);
+	void *opaque;
+};
+
 struct kage_engine_config {
 	uint32_t size;
 	uint32_t backing; /**< enum kage_backing */
@@ -51,6 +63,8 @@ struct kage_engine_config {
 	void *log_opaque;
 	/** NULL members: malloc. */
 	struct kage_alloc alloc;
+	/** What budgets and the advisor go by. NULL: CLOCK_MONOTONIC and CLOCK_THREAD_CPUTIME_ID. */
+	struct kage_clock clock;
 };
 
 /**
@@ -76,10 +90,19 @@ KAGE_API int kage_engine_destroy(struct kage_engine *engine);
  */
 KAGE_API int kage_engine_fd(struct kage_engine *engine);
 
-/** What one step may spend. Zero in both: one whole pass over what is due. */
+enum kage_budget_flags {
+	/**
+	 * The advisor sets the number of pages, from a CPU share and the time that a pass should take (struct kage_tune).
+	 * It begins a pass no sooner than that time after the last one began, whatever is due; and says in
+	 * kage_progress.wait_usec when it wants to be called again. `pages`, if not 0, is one more limit.
+	 */
+	KAGE_BUDGET_ADVISED = 1u << 0,
+};
+
+/** What one step may spend. All zero: one whole pass over what is due. */
 struct kage_budget {
 	uint32_t size;
-	uint32_t reserved;
+	uint32_t flags; /**< enum kage_budget_flags; others: -EINVAL */
 	uint64_t pages; /**< pages to examine for merging */
 	uint64_t usec;  /**< microseconds of wall time; checked between batches of at most 512 pages */
 };
@@ -93,6 +116,13 @@ struct kage_progress {
 	uint64_t pages_merged;
 	uint64_t frames_freed; /**< released after their grace period */
 	uint64_t passes;       /**< merge passes completed since creation */
+	/**
+	 * Advised steps: microseconds until the next one is worth while, 0: at once. What the guests do meanwhile does not
+	 * shorten it, and does not make kage_engine_fd() readable; other work for a step, new guests and hints do. So
+	 * an embedder polls the descriptor with this time-out. 0 after steps that are not advised.
+	 */
+	uint64_t wait_usec;
+	uint64_t pages_budget; /**< advised steps: pages that the advisor allowed this one, 0: it was too early */
 };
 
 /**
@@ -121,9 +151,31 @@ struct kage_tune {
 	uint32_t no_zero_pages;
 	/** Most guest pages that may share one stable frame. 0: 256 Ki. At least 2. */
 	uint32_t max_sharing;
+
+	/* the advisor, for steps with KAGE_BUDGET_ADVISED */
+
+	/**
+	 * Percent of one CPU that merging may use, over any second; up to 10,000, for several threads that step. 0: 20
+	 * (KSM's advisor: 70, for it reads every page of every pass; a fifth of a CPU hashes more than a GiB a second,
+	 * and a pass reads what was written).
+	 */
+	uint32_t cpu_share;
+	/**
+	 * Milliseconds that a pass should take; up to a day. A page is looked at once it has been quiet for a whole pass, so this is also
+	 * how long content must last to be worth sharing. 0: 10,000 (KSM's advisor: 200,000, see above; much
+	 * less merges pages that are about to be written, each of which costs a merge and a COW break).
+	 */
+	uint32_t scan_msec;
+	/** Pages that a step may look at even if the share is used up: it never stands still. 0: 64, some 30 us. */
+	uint32_t min_pages;
+	/** Most pages of a step: bounds how long it keeps its thread, about 15 ms of hashing. 0: 32,768. Not less than `min_pages`. */
+	uint32_t max_pages;
 };
 
-/** Applies settings. Returns KAGE_OK, -EINVAL or -E2BIG. Any thread. */
+/**
+ * Applies settings, all of them. Returns KAGE_OK, -EINVAL (unknown flags, a field out of its range) or -E2BIG. Any
+ * thread.
+ */
 KAGE_API int kage_engine_tune(struct kage_engine *engine, const struct kage_tune *tune);
 
 struct kage_audit {
