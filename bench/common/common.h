@@ -93,6 +93,8 @@ struct row {
 
 bool report_open(const char *json); /* NULL: no file */
 void report_row(const struct row *row);
+/* A row that cannot be measured here; its note says why. */
+void report_skip(const struct row *row);
 /* Medians of a series of turns; unit and rest are the caller's. */
 void report_turns(struct row *row, const struct turns *t);
 /* Ends the JSON file. Returns the number of void rows, or -1 if the file could not be written. */

@@ -98,24 +98,25 @@ static void json_number(const char *key, double v, bool there)
 		fprintf(json, "\"%s\":null", key);
 }
 
-static void json_row(const struct row *r, double ratio, const char *goal)
+/* `missing`: why there are no numbers, or NULL. */
+static void json_row(const struct row *r, double ratio, const char *goal, const char *missing)
 {
 	char note[420];
-	bool peer = r->peer && !r->isvoid;
+	bool peer = r->peer && !missing;
 
-	snprintf(note, sizeof(note), "%s%s%s%s%s", r->isvoid ? "void: check failed; " : "",
-		 *goal ? "goal " : "", goal, *goal && *r->note ? "; " : "", r->note);
+	snprintf(note, sizeof(note), "%s%s%s%s%s", missing ? missing : "", *goal ? "goal " : "", goal,
+		 *goal && *r->note ? "; " : "", r->note);
 	fputs(first_object ? "\n{" : ",\n{", json);
 	first_object = false;
 	json_string("suite", r->suite);
 	fputc(',', json);
 	json_string("case", r->name);
 	fputc(',', json);
-	json_number("value", r->value, !r->isvoid);
+	json_number("value", r->value, !missing);
 	fputc(',', json);
 	json_string("unit", r->unit);
 	fputc(',', json);
-	json_number("spread", r->spread, !r->isvoid);
+	json_number("spread", r->spread, !missing);
 	fputc(',', json);
 	json_string("peer", r->peer);
 	fputc(',', json);
@@ -127,16 +128,32 @@ static void json_row(const struct row *r, double ratio, const char *goal)
 	fputc('}', json);
 }
 
+static void begin_row(const struct row *r, char name[64])
+{
+	snprintf(name, 64, "%s/%s", r->suite, r->name);
+	if (last_suite && strcmp(last_suite, r->suite))
+		putchar('\n');
+	last_suite = r->suite;
+}
+
+void report_skip(const struct row *r)
+{
+	char name[64];
+
+	begin_row(r, name);
+	printf("%-40s %11s %9s %-6s %s\n", name, "skipped", "", r->unit, r->note);
+	fflush(stdout);
+	if (json)
+		json_row(r, 0, "", "skipped: ");
+}
+
 void report_row(const struct row *r)
 {
 	double ratio = r->value > 0 ? r->peer_value / r->value : 0;
 	char goal[64], name[64], peer[24] = "-", times[16] = "-";
 
 	goal_text(r, goal, sizeof(goal));
-	snprintf(name, sizeof(name), "%s/%s", r->suite, r->name);
-	if (last_suite && strcmp(last_suite, r->suite))
-		putchar('\n');
-	last_suite = r->suite;
+	begin_row(r, name);
 	if (r->peer) {
 		snprintf(peer, sizeof(peer), "%.6g", r->peer_value);
 		snprintf(times, sizeof(times), "%.2f", ratio);
@@ -152,7 +169,7 @@ void report_row(const struct row *r)
 	fflush(stdout);
 	voids += r->isvoid;
 	if (json)
-		json_row(r, ratio, r->isvoid ? "" : goal);
+		json_row(r, ratio, r->isvoid ? "" : goal, r->isvoid ? "void: check failed; " : NULL);
 }
 
 int report_close(void)

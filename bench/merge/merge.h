@@ -1,0 +1,168 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The parts of kage-bench-merge, beside ../common.
+ *
+ *   contents.c  what the guests of a row hold: a page is a function of its key
+ *   ours.c      guests of an engine: filled, merged in steps, checked
+ *   ksm.c       the running kernel's ksmd: its settings, its CPU time, the same contents merged by it
+ *   rows.c      both sides in turns; when they count as the same
+ *   scan.c      first scan of memory that has nothing in common
+ *   full.c      equal guests; scattered duplicates; what a write costs afterwards
+ *   steady.c    what a pass costs when nothing, or little, was written
+ *
+ * Rules of every row:
+ *  1. Both sides get the same contents, and every page is compared with what it
+ *     was made of after the run, on both sides.
+ *  2. Time is CPU time: ksmd's from /proc/PID/schedstat, Kage's that of the
+ *     thread that steps, in kage_engine_step(). It counts until the last step
+ *     that read, merged or released anything; ksmd's until its counters reach
+ *     what the contents allow.
+ *  3. Both sides end with the number of frames that the contents allow, +-0.1 %,
+ *     by their own counters, or the row is void.
+ */
+#ifndef KAGE_BENCH_MERGE_H
+#define KAGE_BENCH_MERGE_H
+
+#include "common.h"
+
+#define GUESTS_MAX 8
+#define STEP_PAGES 16384
+
+/* From main()'s options. */
+struct form {
+	bool smoke;	  /* a few MiB, no peer: that rows work */
+	bool alone;	  /* no peer */
+	const char *only; /* the case to run, with the rows that come from it; NULL: all */
+	const char *plots;
+};
+extern struct form form;
+
+/* -- contents.c -------------------------------------------------------------------- */
+
+struct contents {
+	unsigned guests;
+	uint64_t pages; /* of each */
+	uint64_t seed;
+	uint64_t (*key)(const struct contents *c, unsigned guest, uint64_t page);
+	uint64_t *overlay; /* keys of pages that were written since, 0: not; a row's own */
+	uint64_t distinct; /* frames that are left when everything equal is shared */
+};
+
+/* No two pages are equal. */
+struct contents contents_unique(unsigned guests, uint64_t bytes);
+/* All guests hold the same; within one no two pages are equal. */
+struct contents contents_equal(unsigned guests, uint64_t bytes);
+/* One guest; every fourth page or so, at random, equals another one at random. */
+struct contents contents_scattered(uint64_t bytes);
+static inline uint64_t contents_nominal(const struct contents *c)
+{
+	return c->guests * c->pages;
+}
+
+void page_fill(void *page, uint64_t key);
+bool page_is(const void *page, uint64_t key);
+
+/* -- what a run gives ------------------------------------------------------------------ */
+
+struct sample {
+	double wall, cpu; /* ns since the run began */
+	uint64_t saved;	  /* pages */
+};
+
+struct trace {
+	struct sample *sample;
+	unsigned n, room;
+};
+
+void trace_add(struct trace *t, double wall, double cpu, uint64_t saved);
+void trace_free(struct trace *t);
+
+struct run {
+	bool ok;
+	double cpu; /* ns until the last useful work */
+	double wall;
+	uint64_t frames; /* left */
+	uint64_t passes;
+	double pool_free, returned; /* bytes; Kage: kept populated by the pool, given back to the host */
+	struct trace trace;
+};
+
+/* A check of a run: it says so if it failed. */
+void run_check(struct run *r, bool ok, const char *what);
+
+/* -- ours.c ------------------------------------------------------------------------------ */
+
+struct ours {
+	struct contents contents;
+	struct kage_engine *engine;
+	struct kage_vm *vm[GUESTS_MAX];
+};
+
+void ours_create(struct ours *o, const struct contents *c);
+void ours_destroy(struct ours *o);
+/* Steps with merging on until passes find nothing to do. Its CPU time, and what is left. */
+void ours_merge(struct ours *o, struct run *r);
+/* One pass. CPU ns. Adds to *merged and *scanned, which may be NULL. */
+double ours_pass(struct ours *o, uint64_t *merged, uint64_t *scanned);
+void ours_tune(struct ours *o, bool merge);
+/* Every page of every guest is what the contents say. */
+void ours_check(const struct ours *o, struct run *r);
+struct kage_stats ours_stats(const struct ours *o);
+/* One page, by its key. */
+void ours_write(struct ours *o, unsigned guest, uint64_t page, uint64_t key);
+
+/* -- ksm.c ------------------------------------------------------------------------------- */
+
+/* Waits until nobody else's memory can be merged. NULL, or why not. */
+const char *ksm_alone(void);
+/* NULL: ksmd can be measured, and its settings are put back when the process ends, however it ends. Else why
+ * not. */
+const char *ksm_open(void);
+void ksm_close(void);
+
+struct ksm_counts {
+	uint64_t shared, sharing, unshared, volatiles, zero, full_scans, scanned;
+	double cpu; /* ns, of ksmd */
+};
+struct ksm_counts ksm_counts(void);
+void ksm_start(void);
+void ksm_stop(void);
+
+/* Anonymous memory with the contents, advised MERGEABLE. */
+struct theirs {
+	struct contents contents;
+	char *p[GUESTS_MAX];
+};
+
+void theirs_create(struct theirs *t, const struct contents *c);
+void theirs_destroy(struct theirs *t);
+/* Runs ksmd until as much is shared as the contents allow; `passes`: until so many of its passes are done. */
+void theirs_merge(struct theirs *t, unsigned passes, struct run *r);
+/* `warm` passes, then `n` whose CPU time is added to the series, ns a page each. */
+void theirs_passes(struct theirs *t, unsigned warm, unsigned n, struct run *r, struct series *s);
+void theirs_check(const struct theirs *t, struct run *r);
+
+/* -- rows.c ------------------------------------------------------------------------------- */
+
+/* Why rows have no peer, or NULL. */
+extern const char *no_ksm;
+
+/* Repetitions of a row of this size. */
+unsigned reps_of(const struct bench *b, uint64_t bytes);
+/* Bytes of a case in this form of the benchmark. */
+uint64_t size_of_case(uint64_t bytes);
+bool same_frames(uint64_t frames, uint64_t expected);
+/* The case is to be left out: another one is asked for, or it needs ksmd and that cannot be measured. Then
+ * all its rows, a list that ends with NULL, are reported as skipped, with the reason. */
+bool skip_case(const char *const *names);
+/* Median and quartiles of both series into the row, and out with it. */
+void finish_row(struct row *row, const struct series *ours, const struct series *peer);
+
+/* -- suites --------------------------------------------------------------------------------- */
+
+void bench_scan(const struct bench *b);
+void bench_full(const struct bench *b);
+void bench_scattered(const struct bench *b);
+void bench_steady(const struct bench *b);
+
+#endif
