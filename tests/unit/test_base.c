@@ -12,6 +12,7 @@
 
 #include "base/env.h"
 #include "base/lock.h"
+#include "base/random.h"
 #include "base/trace.h"
 
 /* Check's assertions belong to the main thread: others count what failed. */
@@ -608,6 +609,55 @@ START_TEST(trace_keeps_the_last)
 }
 END_TEST
 
+/* -- random numbers --------------------------------------------------------- */
+
+/* RFC 8439, 2.3.2; its 32 bits of counter and 96 of nonce are 64 and 64 here. */
+START_TEST(random_is_chacha20)
+{
+	static const uint32_t want[16] = {
+	    0xe4e7f110, 0x15593bd1, 0x1fdd0f50, 0xc47120a3, 0xc7f4d1c7, 0x0368c033, 0x9aaa2204, 0x4e6cd4c3,
+	    0x466482d2, 0x09aa9f07, 0x05d7c214, 0xa2028bd9, 0xd19c12b5, 0xb94e16de, 0xe883d0cb, 0x4e3c50a2,
+	};
+	struct random_key key;
+	uint32_t got[16];
+
+	for (unsigned i = 0; i < 8; i++)
+		key.word[i] = (4 * i) | (4 * i + 1) << 8 | (4 * i + 2) << 16 | (4 * i + 3) << 24;
+	random_block(&key, 0x4a000000, 0x0900000000000001, got);
+	ck_assert_mem_eq(got, want, sizeof(want));
+}
+END_TEST
+
+START_TEST(random_numbers_spread)
+{
+	static const uint32_t bounds[] = { 1, 2, 3, 10, 64, 1000 };
+	struct random_key key = random_key_of(7), other = random_key_of(8);
+	struct random r, again;
+
+	for (unsigned b = 0; b < ARRAY_SIZE(bounds); b++) {
+		uint32_t n = bounds[b], seen[1000] = { 0 };
+		double chi = 0, expect = 200;
+
+		random_init(&r, &key, b);
+		random_init(&again, &key, b);
+		for (uint32_t i = 0; i < 200 * n; i++) {
+			uint32_t x = random_below(&r, n);
+
+			ck_assert_uint_lt(x, n);
+			ck_assert_uint_eq(x, random_below(&again, n));
+			seen[x]++;
+		}
+		for (uint32_t i = 0; i < n; i++)
+			chi += (seen[i] - expect) * (seen[i] - expect) / expect;
+		/* n - 1 degrees of freedom: variance twice their number; a fixed key, so no chance is involved */
+		ck_assert_double_lt((chi - (n - 1)) * (chi - (n - 1)), 16.0 * 2 * n);
+	}
+	ck_assert_uint_ne(random_of(&key, 1), random_of(&key, 2));
+	ck_assert_uint_ne(random_of(&key, 1), random_of(&other, 1));
+	ck_assert_uint_eq(random_of(&key, 1), random_of(&key, 1));
+}
+END_TEST
+
 int main(void)
 {
 	Suite *s = suite_create("base");
@@ -631,6 +681,8 @@ int main(void)
 	tcase_add_test(tc, brlock_excludes_writers);
 	tcase_add_test(tc, words_wait_and_wake);
 	tcase_add_test(tc, trace_keeps_the_last);
+	tcase_add_test(tc, random_is_chacha20);
+	tcase_add_test(tc, random_numbers_spread);
 	suite_add_tcase(s, tc);
 	sr = srunner_create(s);
 	srunner_set_fork_status(sr, CK_NOFORK);
