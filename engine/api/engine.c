@@ -13,6 +13,7 @@
 #include "api/engine.h"
 #include "api/vm.h"
 #include "mm/mirror.h"
+#include "mm/tenant.h"
 #include "shadow/shadow.h"
 
 #define SPACE_DEFAULT ((uint64_t)16 << 40)
@@ -23,6 +24,7 @@
 #define DEFER_DUE 1024 /* objects */
 #define SHARE_MAX 10000 /* percent: a hundred CPUs */
 #define SCAN_MSEC_MAX (24 * 3600 * 1000u)
+#define DIGESTS ((uint64_t)1 << 32) /* whose salt is nobody's; domains have theirs by number */
 
 uint32_t kage_version(void)
 {
@@ -87,7 +89,14 @@ static int engine_config(struct kage_engine_config *c, const struct kage_engine_
 		c->reserve = RESERVE_DEFAULT;
 	if (!c->window_timeout_ms)
 		c->window_timeout_ms = WINDOW_TIMEOUT_MS;
-	if (!c->seed && getrandom(&c->seed, sizeof(c->seed), 0) != sizeof(c->seed))
+	return 0;
+}
+
+/* What nobody may guess comes from it; a fixed seed repeats a run. */
+static int engine_key(uint64_t seed, struct random_key *key)
+{
+	*key = random_key_of(seed);
+	if (!seed && getrandom(key, sizeof(*key), 0) != sizeof(*key))
 		return -errno;
 	return 0;
 }
@@ -102,12 +111,15 @@ int kage_engine_create(const struct kage_engine_config *config, struct kage_engi
 	struct kage_engine_config c;
 	struct pool_config pc;
 	struct kage_engine *e;
+	struct random_key key;
 	struct env env;
 	int r;
 
 	if (!out)
 		return -EINVAL;
 	r = engine_config(&c, config);
+	if (!r)
+		r = engine_key(c.seed, &key);
 	if (r)
 		return r;
 	memset(&env, 0, sizeof(env));
@@ -126,10 +138,10 @@ int kage_engine_create(const struct kage_engine_config *config, struct kage_engi
 	r = pool_create(&pc, &e->env, &e->pool);
 	if (r)
 		goto close_event;
-	r = host_init(&e->host, &e->env, e->pool, c.memory_limit != 0);
+	r = host_init(&e->host, &e->env, e->pool, &key, c.memory_limit != 0);
 	if (r)
 		goto destroy_pool;
-	r = merge_init(&e->merge, &e->host, c.seed);
+	r = merge_init(&e->merge, &e->host, random_of(&key, DIGESTS));
 	if (r)
 		goto finish_host;
 	pace_init(&e->pace);
@@ -318,6 +330,24 @@ int kage_engine_tune(struct kage_engine *e, const struct kage_tune *tune)
 	merge_tune(&e->merge, t.flags & KAGE_TUNE_MERGE, t.no_zero_pages, t.max_sharing);
 	engine_due(e);
 	return KAGE_OK;
+}
+
+static int domain_configure(struct kage_engine *e, uint32_t domain, const struct kage_domain_config *config)
+{
+	struct kage_domain_config c;
+	int r = config ? config_check(config, sizeof(c), sizeof(c)) : -EINVAL;
+
+	if (r)
+		return r;
+	config_copy(&c, config, sizeof(c));
+	if (domain > UINT16_MAX || c.flags & ~(uint32_t)KAGE_DOMAIN_ZERO_SHARED)
+		return -EINVAL;
+	return tenant_configure(&e->host, domain, c.flags);
+}
+
+int kage_domain_configure(struct kage_engine *e, uint32_t domain, const struct kage_domain_config *config)
+{
+	return e ? api_result(e, __func__, 0, 0, domain_configure(e, domain, config)) : -EINVAL;
 }
 
 /* -- audit ------------------------------------------------------------------------ */

@@ -20,9 +20,13 @@ typedef struct { uint64_t v; } pfn_t; /* frame of the pool */
 #define GFN(x) ((gfn_t){ (x) })
 #define PFN(x) ((pfn_t){ (x) })
 
-/* pfn 0 is never a frame; pfn 1 is the zero frame of the pool. */
+/*
+ * pfn 0 is never a frame; all below ZERO_PFNS are frames of zeroes: pfn 1, which all domains may
+ * map, then those that a domain has to itself.
+ */
 #define PFN_NONE PFN(0)
 #define PFN_ZERO PFN(1)
+#define ZERO_PFNS ((uint64_t)1 << 15)
 #define PFN_BITS 40
 #define GFN_BITS (KAGE_GPA_BITS - PAGE_SHIFT)
 
@@ -33,7 +37,7 @@ static inline gfn_t gfn_add(gfn_t g, uint64_t n) { return GFN(g.v + n); }
 static inline pfn_t pfn_add(pfn_t p, uint64_t n) { return PFN(p.v + n); }
 static inline bool pfn_eq(pfn_t a, pfn_t b) { return a.v == b.v; }
 static inline bool pfn_is_none(pfn_t p) { return p.v == 0; }
-static inline bool pfn_is_zero(pfn_t p) { return p.v == 1; }
+static inline bool pfn_is_zero(pfn_t p) { return p.v < ZERO_PFNS && p.v != 0; }
 
 /* Pages that an entry of a level maps; leaf is level 0. Nine bits a level. */
 #define LEVEL_BITS 9

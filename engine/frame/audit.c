@@ -75,7 +75,7 @@ static struct arena_figures arena_figures(struct arena *a)
 static uint64_t metadata_bytes(const struct pool *pool)
 {
 	const struct pool_private *p = pool->priv;
-	uint64_t pages = 1; /* the zero frame's part of the array */
+	uint64_t pages = ALIGN_UP(p->zeroes * sizeof(struct frame), PAGE_SIZE) / PAGE_SIZE; /* section 0's part of the array */
 
 	for (uint64_t i = 1; i < p->nsections;) {
 		uint64_t first = i;

@@ -148,12 +148,24 @@ bool host_hide(struct pool *pool, uint64_t section, uint64_t n)
 
 int host_show_zero(struct pool *pool)
 {
-	uint64_t page = host_page_size(); /* in section 0 there is nothing else */
+	uint64_t page = host_page_size(); /* of the host's, nothing else lies in PFN_ZERO's */
 
 	if (mprotect((void *)ALIGN_DOWN((uintptr_t)pfn_hva(pool, PFN_ZERO), page), page, PROT_READ) != 0 ||
-	    mprotect(pool->frames, page, PROT_READ | PROT_WRITE) != 0)
+	    mprotect(pool->frames, SECTION_META, PROT_READ | PROT_WRITE) != 0)
 		return -errno;
 	return 0;
+}
+
+int host_own_zero(struct pool *pool, pfn_t pfn)
+{
+	char *at = pfn_hva(pool, pfn);
+	uint64_t page = host_page_size();
+
+	if (mprotect(at, page, PROT_READ | PROT_WRITE) != 0)
+		return -errno;
+	for (uint64_t i = 0; i < page; i += PAGE_SIZE)
+		WRITE_ONCE(at[i], 0); /* a page that is only read is the host's page of zeroes, which all processes share */
+	return mprotect(at, page, PROT_READ) == 0 ? 0 : -errno;
 }
 
 int host_map_file(struct pool *pool, pfn_t pfn, uint64_t npages, int fd, uint64_t offset, int prot)

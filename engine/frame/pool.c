@@ -77,7 +77,7 @@ static size_t taken_bytes(const struct pool *pool)
 	return ALIGN_UP(pool->npages >> SECTION_SHIFT, (uint64_t)64) / 8;
 }
 
-/* Section 0: pfn 0 is nothing, pfn 1 a page of zeroes. */
+/* Section 0: pfn 0 is nothing, pfn 1 a page of zeroes, and what pool_zero_new() gives out. */
 static int zero_create(struct pool *pool)
 {
 	struct section *s = env_alloc(pool->env, sizeof(*s));
@@ -94,7 +94,28 @@ static int zero_create(struct pool *pool)
 	pool->priv->taken_hint = 1;
 	pool->priv->active = 1;
 	WRITE_ONCE(pfn_frame(pool, PFN_ZERO)->bits, (uint32_t)FRAME_ZERO << FRAME_KIND_SHIFT);
+	pool->priv->zeroes = MAX(host_page_size() >> PAGE_SHIFT, (uint64_t)2);
 	return 0;
+}
+
+int pool_zero_new(struct pool *pool, pfn_t *out)
+{
+	struct pool_private *p = pool->priv;
+	uint64_t step = host_page_size() >> PAGE_SHIFT;
+	pfn_t pfn;
+	int err = -ENOSPC;
+
+	lock_take(&p->lock);
+	pfn = PFN(p->zeroes);
+	if (pfn.v + step <= ZERO_PFNS)
+		err = host_own_zero(pool, pfn);
+	if (!err) {
+		WRITE_ONCE(pfn_frame(pool, pfn)->bits, (uint32_t)FRAME_ZERO << FRAME_KIND_SHIFT);
+		p->zeroes += step;
+		*out = pfn;
+	}
+	lock_drop(&p->lock);
+	return err;
 }
 
 static void private_init(struct pool_private *p, const struct pool_config *config)

@@ -38,6 +38,7 @@
 #define SECTION_PAGES ((uint64_t)1 << SECTION_SHIFT)
 #define SECTION_BLOCKS (SECTION_PAGES / BLOCK_PAGES)
 #define ARENA_MAX_ORDER 18
+_Static_assert(SECTION_PAGES == ZERO_PFNS, "section 0 is that of zero frames");
 
 struct extent;
 struct pool_domain;
@@ -57,7 +58,7 @@ struct block {
 
 struct section {
 	struct block block[SECTION_BLOCKS];
-	struct arena *arena; /* NULL: extents, or the zero frame's */
+	struct arena *arena; /* NULL: extents, or the zero frames' */
 	uint32_t users;      /* extents that reach into it */
 	/* the rest is frame/'s own */
 	uint32_t index;
@@ -172,6 +173,11 @@ void pool_populated(struct pool *pool, pfn_t pfn, unsigned npages, uint64_t map[
  */
 int pool_file(const struct pool *pool, pfn_t pfn, int *fd, uint64_t *offset);
 bool pool_has_files(const struct pool *pool);
+/*
+ * A frame of zeroes that nobody else has, of memory of its own; it stays until the pool goes and is not charged.
+ * -ENOSPC: there are no more (about 32,000); errors of mprotect(2).
+ */
+int pool_zero_new(struct pool *pool, pfn_t *out);
 /* What the host maps, protects and frees at the least; not less than a frame. */
 uint64_t host_page_size(void);
 /* The extent a frame lies in; NULL: the arena, or the zero frame. */

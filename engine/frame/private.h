@@ -79,6 +79,7 @@ struct pool_private {
 	struct pool_domain *_Atomic domain_list; /* all; they stay until the pool goes */
 	uint64_t *taken;                         /* bit i: section i is in use */
 	uint64_t nsections;                      /* of the pool */
+	uint64_t zeroes;                         /* pfns of section 0 that are given out, or PFN_ZERO's page */
 	uint64_t taken_hint;                     /* no free section below */
 	uint64_t active;                         /* sections in use */
 	uint64_t stuck;                          /* sections whose mapping the host would not take back */
@@ -107,7 +108,10 @@ void host_unmap(void *map, size_t len);
 int host_show(struct pool *pool, struct pool_domain *d, uint64_t section, uint64_t n, bool device);
 /* The reverse. False: the host would not; the range stays as it is, empty. */
 bool host_hide(struct pool *pool, uint64_t section, uint64_t n);
+/* Section 0: its part of the frame array, and the page of PFN_ZERO. */
 int host_show_zero(struct pool *pool);
+/* A page of section 0 of the host's memory, read-only. */
+int host_own_zero(struct pool *pool, pfn_t pfn);
 int host_map_file(struct pool *pool, pfn_t pfn, uint64_t npages, int fd, uint64_t offset, int prot);
 void host_huge(struct pool *pool, pfn_t pfn, uint64_t npages, bool on);
 /* Empties frames: they read zero afterwards, whatever it takes. */

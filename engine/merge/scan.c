@@ -25,6 +25,7 @@
 #include "mm/region.h"
 #include "mm/rmap.h"
 #include "mm/stable.h"
+#include "mm/tenant.h"
 
 #define BATCH 512
 
@@ -140,9 +141,9 @@ static bool is_zero(const void *page)
 	return true;
 }
 
-__attribute__((no_sanitize("thread"))) static uint64_t page_hash(const struct merge *m, uint32_t domain, const void *page)
+__attribute__((no_sanitize("thread"))) static uint64_t page_hash(const struct tenant *t, const void *page)
 {
-	return XXH3_64bits_withSeed(page, PAGE_SIZE, m->salt + domain * 0x9e3779b97f4a7c15u);
+	return XXH3_64bits_withSeed(page, PAGE_SIZE, t->salt);
 }
 
 /* The family of a candidate's frame, NULL if it is no frame of a guest any more. */
@@ -297,7 +298,7 @@ static int merge_page(struct merge *m, struct mm *mm, gfn_t gfn, const struct qu
 	int r;
 
 	if (q->zero)
-		return scan_of(merge_frames(m, mm->family, q->pfn, NULL, PFN_ZERO, NULL, 0, mm->domain));
+		return scan_of(merge_frames(m, mm->family, q->pfn, NULL, tenant_zero(mm->family->tenant), NULL, 0, mm->domain));
 	r = merge_stable(m, mm, q->pfn, q->hash);
 	return r == SCAN_NO_STABLE ? merge_unstable(m, mm, gfn, q->pfn, q->hash) : r;
 }
@@ -367,8 +368,8 @@ static int page_look(struct merge *m, struct merge_mm *g, struct populated *pop,
 		return SCAN_NOTHING;
 	page = pfn_hva(m->host->pool, l.pfn);
 	q->pfn = l.pfn;
-	q->zero = !m->no_zero && is_zero(page);
-	q->hash = q->zero ? 0 : page_hash(m, g->mm->domain, page);
+	q->zero = !m->no_zero && !pfn_is_none(tenant_zero(g->mm->family->tenant)) && is_zero(page);
+	q->hash = q->zero ? 0 : page_hash(g->mm->family->tenant, page);
 	return SCAN_LOOKED;
 }
 

@@ -9,14 +9,16 @@
 #include "mm/region.h"
 #include "mm/stable.h"
 #include "mm/table.h"
+#include "mm/tenant.h"
 
-int host_init(struct host *h, struct env *env, struct pool *pool, bool limited)
+int host_init(struct host *h, struct env *env, struct pool *pool, const struct random_key *key, bool limited)
 {
 	int r;
 
 	memset(h, 0, sizeof(*h));
 	h->env = env;
 	h->pool = pool;
+	h->key = *key;
 	h->limited = limited;
 	lock_init(&h->lock, RANK_ENGINE, 0);
 	lock_init(&h->ids, RANK_IDS, 0);
@@ -25,6 +27,8 @@ int host_init(struct host *h, struct env *env, struct pool *pool, bool limited)
 	r = layer_table_init(h);
 	if (!r)
 		r = stable_init(h);
+	if (!r)
+		r = tenants_init(h);
 	if (r)
 		host_finish(h);
 	return r;
@@ -32,6 +36,7 @@ int host_init(struct host *h, struct env *env, struct pool *pool, bool limited)
 
 void host_finish(struct host *h)
 {
+	tenants_finish(h);
 	stable_finish(h);
 	layer_table_finish(h);
 }
@@ -53,9 +58,15 @@ static void family_locks_init(struct family *f)
 static int family_create(struct host *h, uint32_t domain, struct family **out)
 {
 	struct family *f = env_alloc(h->env, sizeof(*f));
+	int r;
 
 	if (!f)
 		return -ENOMEM;
+	r = tenant_get(h, domain, &f->tenant);
+	if (r) {
+		env_free(h->env, f, sizeof(*f));
+		return r;
+	}
 	f->host = h;
 	f->domain = domain;
 	list_init(&f->mms);
@@ -65,6 +76,12 @@ static int family_create(struct host *h, uint32_t domain, struct family **out)
 	family_locks_init(f);
 	*out = f;
 	return 0;
+}
+
+static void family_free(struct family *f)
+{
+	tenant_put(f->tenant);
+	env_free(f->host->env, f, sizeof(*f));
 }
 
 int mm_init(struct mm *mm, struct host *h, struct family *f)
@@ -117,7 +134,7 @@ unlock:
 finish_notify:
 	notify_finish(&mm->notify);
 free_family:
-	env_free(h->env, f, sizeof(*f));
+	family_free(f);
 	return r;
 }
 
@@ -161,7 +178,7 @@ int mm_destroy(struct mm *mm)
 	regions_retire(h, mm->regions);
 	notify_finish(&mm->notify);
 	if (last)
-		env_free(h->env, f, sizeof(*f));
+		family_free(f);
 	return 0;
 }
 

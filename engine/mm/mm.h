@@ -42,6 +42,7 @@
 
 #include <kage/vm.h>
 #include "base/lock.h"
+#include "base/random.h"
 #include "base/trace.h"
 #include "frame/pool.h"
 #include "notify/notify.h"
@@ -50,6 +51,8 @@
 struct mm;
 struct layer;
 struct dirty_log;
+struct tenant;
+struct tenant_table;
 struct mirror;
 
 struct region {
@@ -97,6 +100,8 @@ struct host {
 	uint64_t next_family, next_mm;
 	struct layer_table *layers;
 	struct stable_table *stable_table;
+	struct tenant_table *tenants;
+	struct random_key key; /* salts, and whatever else nobody may guess */
 	struct mm_counters retired; /* of destroyed guests */
 	_Atomic uint64_t stable_frames; /* FRAME_STABLE frames in use */
 	_Atomic uint64_t map_budget; /* host mappings that all mirrors may have; 0: nobody has said */
@@ -115,6 +120,7 @@ struct family {
 	struct list mms;
 	uint64_t count;
 	uint32_t domain;
+	struct tenant *tenant; /* of that domain (mm/tenant.h) */
 	struct brlock lock;
 	struct lock top;                   /* root entries, refs of root tables */
 	struct lock level4, level3;
@@ -159,7 +165,7 @@ static inline unsigned root_level(entry_t root) { return (root >> ROOT_LEVEL_SHI
 
 /* -- lifetime (mm.c, clone.c) -------------------------------------------- */
 
-int host_init(struct host *h, struct env *env, struct pool *pool, bool limited);
+int host_init(struct host *h, struct env *env, struct pool *pool, const struct random_key *key, bool limited);
 void host_finish(struct host *h);
 int mm_create(struct host *h, struct mm *mm, uint32_t domain, unsigned levels);
 /* -EBUSY while pins, readers or interval notifiers exist. Calls release of the listeners. Logs are closed before. */

@@ -53,7 +53,10 @@ struct kage_engine_config {
 	uint64_t address_space;
 	/** Bytes of populated frames kept ready for COW breaks. 0: 4 MiB. */
 	uint64_t reserve;
-	/** Salts the content hashes; 0: from getrandom(2). Fix it only to repeat a run. */
+	/**
+	 * Key of the salts of content hashes, one for each merge domain, and of all other random choices; 0: 256 bits
+	 * from getrandom(2). Fix it only to repeat a run: what follows from it can be guessed then.
+	 */
 	uint64_t seed;
 	/** Milliseconds to wait for a vCPU to leave its window of use. 0: 10,000. */
 	uint32_t window_timeout_ms;
@@ -147,7 +150,7 @@ enum kage_tune_flags {
 struct kage_tune {
 	uint32_t size;
 	uint32_t flags; /**< enum kage_tune_flags */
-	/** 0: zero pages are merged into the zero frame; 1: they are merged like any other content. */
+	/** 0: zero pages are merged into a frame of zeroes (enum kage_domain_flags says whose); 1: like any other content. */
 	uint32_t no_zero_pages;
 	/** Most guest pages that may share one stable frame. 0: 256 Ki. At least 2. */
 	uint32_t max_sharing;
@@ -177,6 +180,36 @@ struct kage_tune {
  * thread.
  */
 KAGE_API int kage_engine_tune(struct kage_engine *engine, const struct kage_tune *tune);
+
+enum kage_domain_flags {
+	/**
+	 * Pages of zeroes are merged into a frame that all domains with this flag
+	 * share. Without it each domain has a frame of zeroes of its own, so that
+	 * nothing that is done to the frame's cache lines or memory cells reaches
+	 * another domain. (There are 32,000 such frames; further domains merge pages of zeroes as
+	 * any other content. Memory that was never written is no page of zeroes: it
+	 * has no frame of the pool yet, whatever the domain.)
+	 */
+	KAGE_DOMAIN_ZERO_SHARED = 1u << 0,
+};
+
+/** What a merge domain (kage_vm_config.merge_domain) is like. All fields are taken as they are. */
+struct kage_domain_config {
+	uint32_t size;
+	uint32_t flags; /**< enum kage_domain_flags */
+};
+
+/**
+ * Configures a merge domain, 0 to 65535, before its first guest is created. A
+ * domain that was never configured is as if with a zeroed struct. Frames are never shared between domains
+ * except for the one frame that KAGE_DOMAIN_ZERO_SHARED names, and contents
+ * are hashed with a secret of each domain's own (see kage_engine_config.seed).
+ *
+ * Returns KAGE_OK, -EINVAL (domain or flags), -E2BIG, -ENOMEM, -EBUSY (guests
+ * live in the domain; nothing is changed). Any thread.
+ */
+KAGE_API int kage_domain_configure(struct kage_engine *engine, uint32_t domain,
+				   const struct kage_domain_config *config);
 
 struct kage_audit {
 	uint32_t size;

@@ -138,7 +138,7 @@ static void build(void)
 static const char *label(void *arg, uint64_t entry, unsigned level)
 {
 	ck_assert_ptr_eq(arg, tables);
-	if (entry_is_leaf(entry) && pfn_is_zero(entry_pfn(entry)))
+	if (entry_is_leaf(entry) && pfn_eq(entry_pfn(entry), PFN_ZERO))
 		return "zero \"\\\n";
 	return level ? "block" : NULL;
 }
