@@ -42,8 +42,8 @@
 #include <kage/kage.h>
 #include <kage/kvm.h>
 
-#include "../model/rng.h"
 #include "payload.h"
+#include "short.h"
 #if defined(__aarch64__)
 #include "../model/arm64_reference.h"
 #include "arm64.h"
@@ -62,12 +62,6 @@ static struct kage_kvm_info caps;
 static uint32_t mask, granule;
 static _Atomic unsigned logged_errors;
 static unsigned expected_errors;
-
-/* KAGE_KVM_SHORT: fewer repetitions of what one repetition shows as well. */
-static inline unsigned times(unsigned n, unsigned brief)
-{
-	return env_number("KAGE_KVM_SHORT", 0) ? brief : n;
-}
 
 static inline bool has(enum kage_kvm_feature n)
 {

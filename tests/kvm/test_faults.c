@@ -425,7 +425,7 @@ START_TEST(vcpus_that_are_killed)
 	ok(vmm_start(parent));
 	stamps_go_on(parent, 50);
 	other = clone_vmm(parent, false);
-	for (round = 0; round < 6; round++) {
+	for (round = 0; round < times(6, 2); round++) {
 		victim = clone_vmm(round % 2 ? other : parent, false);
 		stamps_go_on(victim, 20);
 		for (i = 0; i < 2; i++)
@@ -678,7 +678,7 @@ START_TEST(no_memory_for_objects)
 	unsigned n, fds = 0, now;
 
 	expected_errors = 0;
-	for (n = 0; n < 600; n++) {
+	for (n = 0; n < 600; n += times(1, 9)) {
 		if (!life(n, policies[_i]))
 			break;
 		now = (unsigned)dup(0); /* the lowest free number: nothing was left open */

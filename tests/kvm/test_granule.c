@@ -107,8 +107,10 @@ int madvise(void *addr, size_t len, int advice)
 
 int ioctl(int fd, unsigned long request, ...)
 {
-	/* The kernel stops at a page of its own, 4 KiB; where it did the engine goes on from there. */
+	/* The kernel stops at a page of its own, 4 KiB; where it did the engine goes on from there. What it refuses to
+	 * protect in one go, for it is more than one mapping, the engine tries in halves, down to such a page. */
 	static __thread bool stopped;
+	static __thread struct watched refused;
 	const struct uffdio_range *range;
 	va_list args;
 	void *arg;
@@ -123,11 +125,16 @@ int ioctl(int fd, unsigned long request, ...)
 		stopped = request == UFFDIO_WAKE || r != 0;
 		return r;
 	}
+	if (request == UFFDIO_WRITEPROTECT && refused.start <= range->start && range->start + range->len <= refused.end)
+		return (int)syscall(SYS_ioctl, fd, request, arg);
 	if (request == UFFDIO_REGISTER || request == UFFDIO_UNREGISTER || request == UFFDIO_WRITEPROTECT ||
 	    request == UFFDIO_WAKE || request == UFFDIO_CONTINUE || request == UFFDIO_ZEROPAGE) /* a range comes first */
 		look("ioctl of userfaultfd", (void *)(uintptr_t)range->start, range->len);
 	r = (int)syscall(SYS_ioctl, fd, request, arg);
 	stopped = request == UFFDIO_CONTINUE && r != 0;
+	refused = (struct watched){0};
+	if (request == UFFDIO_WRITEPROTECT && r != 0)
+		refused = (struct watched){range->start, range->start + range->len};
 	return r;
 }
 

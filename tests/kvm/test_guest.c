@@ -7,7 +7,7 @@
  */
 #include "kvm_test.h"
 
-#define STAMPS 512
+#define STAMPS times(512, 128)
 
 static struct vmm *stamping(struct vmm_wish wish, uint64_t pages)
 {
@@ -73,7 +73,7 @@ END_TEST
 
 /* -- merge, break, adopt, heal, merge again ---------------------------------------- */
 
-#define EQUAL_PAGES 1024
+#define EQUAL_PAGES times(1024, 256)
 
 static void touch_round(struct vmm *vmm, uint64_t seed)
 {
@@ -276,11 +276,11 @@ END_TEST
 START_TEST(clones_of_clones)
 {
 	struct vmm *vmm[7];
-	unsigned i;
+	unsigned i, n = times(COUNT(vmm), 4);
 
 	engine_up();
 	vmm[0] = stamping((struct vmm_wish){.policy = policies[_i]}, STAMPS);
-	for (i = 1; i < COUNT(vmm); i++) {
+	for (i = 1; i < n; i++) {
 		vmm[i] = clone_vmm(vmm[i - 1], false);
 		stamps_go_on(vmm[i], 40);
 		if (i == 3) {
@@ -288,12 +288,12 @@ START_TEST(clones_of_clones)
 			audit();
 		}
 	}
-	for (i = 0; i < COUNT(vmm); i++)
+	for (i = 0; i < n; i++)
 		check_stamps(vmm[i]);
-	same(payload_peek(vmm[COUNT(vmm) - 1], 0, ancestors), COUNT(vmm) - 1);
-	for (i = 0; i < COUNT(vmm); i += 2)
+	same(payload_peek(vmm[n - 1], 0, ancestors), n - 1);
+	for (i = 0; i < n; i += 2)
 		free_vmm(vmm[i]);
-	for (i = 1; i < COUNT(vmm); i += 2) {
+	for (i = 1; i < n; i += 2) {
 		ok(vmm_start(vmm[i]));
 		stamps_go_on(vmm[i], 40);
 		check_stamps(vmm[i]);
@@ -409,7 +409,7 @@ START_TEST(a_budget_of_a_thousand_mappings)
 	merging(true);
 	vmm = stamping((struct vmm_wish){.policy = policies[_i], .map_budget = 1000, .vcpus = 2}, 1536);
 	other = clone_vmm(vmm, false);
-	for (i = 0; i < times(12, 6); i++) {
+	for (i = 0; i < times(12, 4); i++) {
 		stamps_go_on(vmm, 200);
 		stamps_go_on(other, 200);
 		ck_assert_int_ge(kage_kvm_reconcile(kvm_of(vmm), i % 2 ? KAGE_KVM_ADOPT : 0), 0);

@@ -29,6 +29,8 @@
 #include "kvm/scan.h"
 #include "kvm/uffd.h"
 
+#include "short.h"
+
 #define NOBODY 65534
 #define bit(n) (1u << (n))
 
@@ -571,7 +573,7 @@ static void random_pattern(const struct features *f, unsigned seed)
 	for (size_t i = 0; i < PAGES; i++)
 		do_deed(at + i * PAGE_SIZE, deed[i]);
 	check_scan(f, at, 0, PAGES, deed, cached);
-	for (int i = 0; i < 40; i++) {
+	for (unsigned i = 0; i < times(40, 6); i++) {
 		size_t a = (size_t)rand() % PAGES, b = a + (size_t)rand() % (PAGES - a + 1);
 
 		check_scan(f, at, a, b, deed, cached);
@@ -589,7 +591,7 @@ START_TEST(scan_private_exact)
 
 	if (_i == 0 && skip(&f, bit(KAGE_KVM_PAGEMAP_SCAN)))
 		printf("  the entries are read twice\n");
-	for (unsigned seed = 1; seed <= 8; seed++)
+	for (unsigned seed = 1; seed <= times(8, 1); seed++)
 		random_pattern(&f, seed);
 	features_finish(&f);
 }
@@ -823,7 +825,7 @@ START_TEST(maps_are_read)
 		ck_assert_uint_eq(map_at(&f, at + 200 * PAGE_SIZE).inode, m.inode);
 		ck_assert_int_eq(map_at(&f, at + 200 * PAGE_SIZE).prot, PROT_NONE);
 		ck_assert(!map_at(&f, at + 200 * PAGE_SIZE).shared);
-		for (size_t p = 400; p < 2000; p += 97) {
+		for (size_t p = 400; p < 2000; p += times(97, 397)) {
 			m = map_at(&f, at + p * PAGE_SIZE);
 			ck_assert_int_eq(m.prot, p % 2 ? PROT_READ | PROT_WRITE : PROT_READ);
 			ck_assert_uint_eq(m.end - m.start, PAGE_SIZE);
@@ -1201,7 +1203,7 @@ START_TEST(no_lost_write)
 	const int flags = _i == 0 ? MAP_SHARED : MAP_PRIVATE;
 	struct features f = probed(0, 0);
 	struct counting c = {0};
-	unsigned traps = 0;
+	unsigned traps = 0, moves = times(MOVES, MOVES / 20);
 	int fd = file_of(2);
 	char *window = map(fd, 2, MAP_SHARED), *at = map(fd, 3, flags);
 	struct uffd u;
@@ -1215,13 +1217,13 @@ START_TEST(no_lost_write)
 	ck_assert_int_eq(uffd_open(&u, &f, false), 0);
 	ck_assert_int_eq(uffd_register(&u, at, 3 * PAGE_SIZE, UFFDIO_REGISTER_MODE_WP), 0);
 	ck_assert_int_eq(pthread_create(&t, NULL, count_up, &c), 0);
-	for (unsigned n = 0; n < MOVES; n++)
+	for (unsigned n = 0; n < moves; n++)
 		traps += move_page(&u, fd, window, &c, n, flags);
 	c.stop = true;
 	pthread_join(t, NULL);
 	for (int i = 0; i < COUNTERS; i++)
 		ck_assert_uint_eq(word(c.page, 0)[i * 64], c.written);
-	ck_assert_uint_ge(traps, MOVES / 2);
+	ck_assert_uint_ge(traps, moves / 2);
 	uffd_close(&u);
 	munmap(at, 3 * PAGE_SIZE);
 	munmap(window, 2 * PAGE_SIZE);

@@ -6,6 +6,7 @@
 struct cpu_facts {
 	unsigned phys_bits;
 	bool page1g, pku;
+	uint64_t cr4; /* SMEP and SMAP, if there are any */
 };
 
 static struct cpu_facts cpu_facts(void)
@@ -20,8 +21,10 @@ static struct cpu_facts cpu_facts(void)
 			f.phys_bits = c->entries[i].eax & 0xff;
 		if (c->entries[i].function == 0x80000001)
 			f.page1g = c->entries[i].edx >> 26 & 1;
-		if (c->entries[i].function == 7 && c->entries[i].index == 0)
+		if (c->entries[i].function == 7 && c->entries[i].index == 0) {
 			f.pku = c->entries[i].ecx >> 3 & 1;
+			f.cr4 = (c->entries[i].ebx >> 7 & 1) << 20 | (c->entries[i].ebx >> 20 & 1) << 21;
+		}
 	}
 	free(c);
 	return f;
@@ -101,7 +104,7 @@ START_TEST(registers_are_read)
 	s.cs.dpl = s.ss.dpl = 0;
 	s.cs.selector = 0x10;
 	s.ss.selector = 0x18;
-	s.cr4 |= 1 << 20 | 1 << 21; /* SMEP, SMAP */
+	s.cr4 |= cpu_facts().cr4;
 	s.cr3 = 0x123000;
 	ck_assert_int_eq(ioctl(vm.cpu, KVM_SET_SREGS, &s), 0);
 	ck_assert_int_eq(ioctl(vm.cpu, KVM_SET_REGS, &(struct kvm_regs){.rflags = 1 << 18 | 2}), 0);
