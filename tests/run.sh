@@ -93,17 +93,26 @@ install_missing() {
 	fi
 	echo "Installing:$missing"
 	apt-get -qq update >/dev/null
-	# One by one: what the tests can do without must not hold up the rest. No daemon is started.
-	policy=
-	if [ ! -e /usr/sbin/policy-rc.d ]; then
-		policy=/usr/sbin/policy-rc.d
+	# One by one: what the tests can do without must not hold up the rest. No daemon is started, and what says so to
+	# apt-get goes with this script, however it ends.
+	policy=/usr/sbin/policy-rc.d
+	if [ ! -e $policy ]; then
+		trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+		trap 'exit 129' HUP
+		trap 'exit 130' INT
+		trap 'exit 143' TERM
 		printf '#!/bin/sh\nexit 101\n' >$policy && chmod 755 $policy
+	else
+		policy=
 	fi
 	for package in $missing; do
 		DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends "$package" >"$build/run.log" 2>&1 ||
 			{ echo "  cannot install $package:"; tail -n 3 "$build/run.log"; }
 	done
-	[ -z "$policy" ] || rm -f $policy
+	if [ -n "$policy" ]; then
+		rm -f $policy
+		trap - EXIT HUP INT TERM
+	fi
 	find_missing
 }
 
@@ -258,9 +267,14 @@ run_tsan() {
 
 # run_arm64 and the arm64 legs of the virt suite need it. Says why not.
 prepare_arm64() {
-	why=$(sh tests/cross/sysroot.sh "$build-cross-arm64" arm64) || { left_out "arm64: ${why#SKIP: }"; return 1; }
-	prepare "$build-arm64" --cross-file "$build-cross-arm64/cross.ini" -Dbench=false ||
-		{ could_not "$build-arm64 does not build"; return 1; }
+	echo "Build ($build-arm64/)"
+	sh tests/cross/build.sh "$build-arm64" "$build-cross-arm64" >"$build/run.log" 2>&1
+	case $? in
+	0) rm -f "$build/run.log"; return 0 ;;
+	77) left_out "arm64: $(sed -n 's/^SKIP: //p' "$build/run.log")" ;;
+	*) cat "$build/run.log"; could_not "$build-arm64 does not build" ;;
+	esac
+	return 1
 }
 
 # The engine as an arm64 host has it, short forms: emulation is slow.
@@ -274,7 +288,7 @@ run_arm64() {
 # Legs run beside each other: an emulated machine seldom has work for two CPUs.
 run_virt() {
 	prepare "$build" || { could_not "$build does not build"; return; }
-	prepare_arm64 # without it legs skip
+	prepare_arm64 # without it legs skip, and say what is missing
 	echo "The KVM suites inside of virtual machines"
 	run "$build" --suite virt
 }

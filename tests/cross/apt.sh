@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: MIT
 # Packages of another architecture without telling dpkg about it: an apt of its own.
 #
-#   apt.sh ARCH STATE [SUITE...]
+#   apt.sh [-r RELEASE] ARCH STATE [SUITE...]
 #
 # Makes the folder STATE: sources, lists and cache of an apt that knows packages of ARCH
 # (Debian's name: arm64, amd64) only and believes that nothing is installed. The machine's
-# mirrors are used; SUITE names further suites of the same archive (bookworm-backports).
+# mirrors are used; SUITE names further suites of the same archive (bookworm-backports). With -r it is the archive of
+# RELEASE (bookworm), whatever the machine itself runs.
 # Prints the path of an apt.conf; what uses it sees that archive and changes nothing on this machine:
 #
 #   APT_CONFIG=$(sh tests/cross/apt.sh arm64 build/apt-arm64) || exit
@@ -17,7 +18,12 @@
 set -u
 
 die() { echo "apt.sh: $*" >&2; exit 1; }
-[ $# -ge 2 ] || die "usage: apt.sh ARCH STATE [SUITE...]"
+release=
+if [ "${1:-}" = -r ]; then
+	release=${2:-}
+	shift 2
+fi
+[ $# -ge 2 ] || die "usage: apt.sh [-r RELEASE] ARCH STATE [SUITE...]"
 arch=$1
 mkdir -p "$2/lists/partial" "$2/cache/archives/partial" || die "cannot make $2"
 state=$(cd "$2" && pwd) || exit 1
@@ -42,8 +48,14 @@ sources() {
 		[ -n "$codename" ] || die "this is not Debian: no archive to fetch $arch packages from"
 		list="http://deb.debian.org/debian $codename main"
 	fi
-	echo "$list" | sed "s|^|deb $options|"
 	main=$(echo "$list" | sed -n 's/^\([^ ]*\) .*/\1/p' | grep -v security | head -n 1)
+	[ -n "$main" ] || [ -z "$release$*" ] || die "this machine has no mirror of Debian but one of security updates"
+	if [ -n "$release" ]; then
+		own=$(echo "$list" | grep "^[^ ]* $release\(-security\|-updates\|\) ")
+		# Another release than the machine's: what has the same name at the same mirror.
+		list=${own:-"$main $release main"}
+	fi
+	echo "$list" | sed "s|^|deb $options|"
 	for suite in "$@"; do
 		echo "deb ${options}$main $suite main"
 	done

@@ -9,7 +9,6 @@
  * much of them is the same; what they change. One line a check; exit 0, 1, or 77 with "SKIP: reason and remedy".
  */
 #include <errno.h>
-#include <ftw.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <stdlib.h>
@@ -86,26 +85,23 @@ static bool show(void)
 
 /* -- the domains ------------------------------------------------------------------------------------------------ */
 
-static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
-{
-	return remove(path);
-}
-
 /* Guests' RAM, where it is not written to a disk if there is room: a container's /dev/shm may be small. */
 static void choose_ram_folder(void)
 {
-	const char *name = strrchr(paths.root, '/') + 1;
 	struct statvfs st;
 	bool room = !access("/dev/shm", W_OK) && !statvfs("/dev/shm", &st) &&
 		    (uint64_t)st.f_bavail * st.f_frsize >> 20 >= (GUESTS + 2) * MIB;
 
-	fill(paths.ram, sizeof(paths.ram), "%s/%s", room ? "/dev/shm" : paths.root, room ? name : "ram");
+	if (room)
+		ram_folder(paths.root, paths.ram, sizeof(paths.ram));
+	else
+		fill(paths.ram, sizeof(paths.ram), "%s/ram", paths.root);
 }
 
 /* RAM files go with their domains, but not when everybody was killed. */
 static bool make_ram_folder(void)
 {
-	nftw(paths.ram, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+	remove_tree(paths.ram);
 	if (!mkdir(paths.ram, 0700))
 		return true;
 	fprintf(stderr, "beside: %s: %s\n", paths.ram, strerror(errno));
@@ -136,7 +132,7 @@ static int work(void)
 		printf("SKIP: %s\n", reason);
 		return SKIPPED;
 	}
-	status = fetch(&paths, arch->machine.debian, "stable");
+	status = fetch(&paths, arch->machine.debian, RELEASE);
 	if (status)
 		return status;
 	if (!initramfs_plain(&paths, "tests/virt/beside_init.sh", "initramfs"))
@@ -144,7 +140,7 @@ static int work(void)
 	/* The root's lock first: whoever has it may remove the folder. */
 	good = domain_open(&paths) && make_ram_folder() && run();
 	domain_close();
-	nftw(paths.ram, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+	remove_tree(paths.ram);
 	return good ? PASSED : FAILED;
 }
 
@@ -164,7 +160,7 @@ int main(int argc, char **argv)
 	}
 	paths.source = argv[1];
 	fill(name, sizeof(name), "beside-%s", arch->machine.arch);
-	if (!make_paths(&paths, argv[2], name, arch->machine.debian, "stable"))
+	if (!make_paths(&paths, argv[2], name, arch->machine.debian, RELEASE))
 		return FAILED;
 	choose_ram_folder();
 	return supervised(work, paths.root);

@@ -9,8 +9,7 @@
  * invariants
  *	D1. The order is fork (supervise.c), virInitialize, default event loop, its thread, open, callback, create
  *	    paused, resume. The thread never ends: the loop has no end that could be waited for.
- *	D2. One process a root: `lock` in it is held until the process ends. Whoever has it may destroy
- *	    whatever else uses the root.
+ *	D2. One process a root (sweep.c): whoever has its lock may destroy whatever else uses the root.
  *	D3. A power-off arrives as SHUTDOWN, then STOPPED; only STOPPED counts. A reset is a stop too (on_reboot).
  *
  * The console is a file that QEMU writes, because a pty's contents are lost with its reader. The driver has
@@ -18,19 +17,12 @@
  * sockaddr_un. QEMU runs as the user who runs this: with another one that cannot open /dev/kvm the driver would
  * probe QEMU anew at every start, for most of a minute.
  */
-#include <ctype.h>
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
 #include <pwd.h>
 #include <grp.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -83,34 +75,6 @@ const char *domain_missing(const struct machine *machine)
 
 /* -- the root ----------------------------------------------------------------------------------------- */
 
-/* Mine alone, or nothing: /tmp is everybody's. */
-static bool make_folder(const char *path)
-{
-	struct stat st;
-
-	if ((mkdir(path, 0700) && errno != EEXIST) || lstat(path, &st) || !S_ISDIR(st.st_mode) ||
-	    st.st_uid != geteuid()) {
-		fprintf(stderr, "virt: %s cannot be made, or is not this user's folder\n", path);
-		return false;
-	}
-	return true;
-}
-
-static bool take_root(const char *root)
-{
-	char path[PATH_MAX];
-	int fd;
-
-	if (!make_folder(root))
-		return false;
-	fill(path, sizeof(path), "%s/lock", root);
-	fd = open(path, O_CREAT | O_RDWR | O_CLOEXEC, 0600);
-	if (fd >= 0 && !flock(fd, LOCK_EX | LOCK_NB))
-		return true; /* D2: open until the end */
-	fprintf(stderr, "virt: another run of this leg is under way (%s)\n", path);
-	return false;
-}
-
 static bool write_config(const char *root, const char *ram)
 {
 	char path[PATH_MAX];
@@ -133,41 +97,6 @@ static bool write_config(const char *root, const char *ram)
 	if (*ram)
 		fprintf(f, "memory_backing_dir = \"%s\"\n", ram);
 	return !fclose(f);
-}
-
-/* Is it a QEMU whose arguments name the root? */
-static bool is_stray(const char *pid, const char *root)
-{
-	char path[64], args[16384];
-	ssize_t n;
-	int fd;
-
-	fill(path, sizeof(path), "/proc/%s/cmdline", pid);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	n = fd < 0 ? -1 : read(fd, args, sizeof(args) - 1);
-	if (fd >= 0)
-		close(fd);
-	if (n <= 0)
-		return false;
-	args[n] = 0;
-	return strstr(args, "qemu-system-") && memmem(args, (size_t)n, root, strlen(root));
-}
-
-/* The path ends in /, so that no other root begins like this one. */
-void domain_kill_strays(const char *root)
-{
-	char prefix[PATH_MAX];
-	struct dirent *e;
-	DIR *proc = opendir("/proc");
-
-	fill(prefix, sizeof(prefix), "%s/", root);
-	while (proc && (e = readdir(proc)))
-		if (isdigit((unsigned char)e->d_name[0]) && is_stray(e->d_name, prefix)) {
-			printf("virt: QEMU %s was left over by an earlier run: killed\n", e->d_name);
-			kill(atoi(e->d_name), SIGKILL);
-		}
-	if (proc)
-		closedir(proc);
 }
 
 static void destroy_leftovers(void)
@@ -219,7 +148,7 @@ bool domain_open(const struct paths *paths)
 	pthread_t thread;
 	char uri[PATH_MAX];
 
-	if (!take_root(paths->root) || !write_config(paths->root, paths->ram))
+	if (!take_root(paths) || !write_config(paths->root, paths->ram))
 		return false;
 	virSetErrorFunc(NULL, on_error);
 	setenv("LIBVIRT_DEBUG", "4", 0); /* errors only */
@@ -231,7 +160,8 @@ bool domain_open(const struct paths *paths)
 	if (!conn)
 		return complain(uri);
 	destroy_leftovers();
-	domain_kill_strays(paths->root);
+	kill_strays(paths->root);
+	sweep();
 	if (virConnectDomainEventRegisterAny(conn, NULL, VIR_DOMAIN_EVENT_ID_LIFECYCLE,
 					     VIR_DOMAIN_EVENT_CALLBACK(on_event), NULL, NULL) < 0)
 		return complain("events");
@@ -279,8 +209,9 @@ static char *make_xml(const struct leg *leg, const struct paths *paths)
 		"<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
 		"<name>kage-%s</name><memory unit='MiB'>%u</memory><vcpu>2</vcpu>"
 		"<os><type arch='%s' machine='%s'>hvm</type><kernel>%s/vmlinuz</kernel>"
-		"<initrd>%s/initramfs</initrd><cmdline>console=%s quiet panic=-1</cmdline></os><features>%s</features>",
-		leg->name, leg->mib, m->arch, m->type, paths->boot, paths->out, m->console, m->features);
+		"<initrd>%s/initramfs</initrd><cmdline>console=%s quiet panic=-1 %s</cmdline></os><features>%s</features>",
+		leg->name, leg->mib, m->arch, m->type, paths->boot, paths->out, m->console,
+		leg->cmdline ? leg->cmdline : "", m->features);
 	put_cpu(f, leg->cpu);
 	fprintf(f,
 		"<on_poweroff>destroy</on_poweroff><on_reboot>destroy</on_reboot><on_crash>destroy</on_crash><devices>"

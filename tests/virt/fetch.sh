@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: MIT
 # Fetches what a machine of the virt suite boots: Debian's cloud kernel and a static busybox.
 #
-#   fetch.sh ARCH SUITE DIR      ARCH: amd64, arm64; SUITE: stable or a suite of backports
+#   fetch.sh ARCH SUITE DIR      ARCH: amd64, arm64; SUITE: a release of Debian or its backports, by codename
 #
+# The release is named, so that it is the same kernel whatever release this machine runs: skips stand in lists.
 # Leaves in DIR: vmlinuz, vmlinux (if there is a tool to unpack it), modules/*.ko (of KVM), busybox, and
 # release, the kernel's name, last. Nothing is installed; what is there is not fetched again.
 # Exit: 0; 77 with "SKIP: reason and remedy".
@@ -45,13 +46,16 @@ unpack_vmlinux() {
 	command -v $tool >/dev/null 2>&1 && $tool -dc <"$tmp/payload" >"$2" 2>/dev/null
 }
 
-case $suite in
-stable) APT_CONFIG=$(sh "$here/../cross/apt.sh" "$arch" "$dir/apt" 2>"$tmp/log") ;;
-*) APT_CONFIG=$(sh "$here/../cross/apt.sh" "$arch" "$dir/apt" "$suite" 2>"$tmp/log") ;;
-esac || skip "$(head -n 1 "$tmp/log"); the virt suite needs a Debian mirror"
-export APT_CONFIG
+release=${suite%-backports}
 meta=linux-image-cloud-$arch
-[ "$suite" = stable ] || meta=$meta/$suite
+set -- -r "$release" "$arch" "$dir/apt"
+if [ "$suite" != "$release" ]; then
+	meta=$meta/$suite
+	set -- "$@" "$suite"
+fi
+APT_CONFIG=$(sh "$here/../cross/apt.sh" "$@" 2>"$tmp/log") ||
+	skip "$(head -n 1 "$tmp/log"); the virt suite needs a mirror of Debian that has $suite"
+export APT_CONFIG
 # The version first: `apt-cache depends` knows no suites.
 version=$(apt-cache show "$meta" 2>/dev/null | sed -n 's/^Version: //p' | head -n 1)
 package=$(apt-cache show "${meta%/*}=$version" 2>/dev/null |

@@ -4,8 +4,9 @@
  *
  *	machine NAME		x86_64 or aarch64
  *	cpu MODEL [+F] [-F]	libvirt's name of the CPU; features that it must have or must not
- *	suite SUITE		where the kernel comes from: stable, bookworm-backports
+ *	suite SUITE		where the kernel comes from, by codename: bookworm, bookworm-backports
  *	memory MIB
+ *	cmdline TEXT		more for the kernel's command line
  *	module NAME [PARAMETER=VALUE]...
  *	background PROGRAM	runs beside all tests
  *	mode TEXT		what the kernel must say of its KVM
@@ -72,6 +73,8 @@ static bool set(struct leg *leg, const char *key, char *value)
 		return (leg->suite = value);
 	if (!strcmp(key, "mode"))
 		return (leg->mode = value);
+	if (!strcmp(key, "cmdline"))
+		return (leg->cmdline = value);
 	if (!strcmp(key, "background"))
 		return (leg->background = value);
 	if (!strcmp(key, "memory"))

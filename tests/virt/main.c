@@ -3,6 +3,7 @@
  * Runs one leg of the virt suite: a machine, and in it the tests that tests/virt/legs/NAME lists.
  *
  *	virt-leg [-v] [-S SYSROOT] SOURCE PROGRAMS OUT LEG [TEST...]
+ *	virt-leg -k		ends what runs that were killed left behind, and nothing else
  *
  * SOURCE is Kage's source folder, PROGRAMS a build folder for the machine's architecture, SYSROOT the prefix of its
  * libraries. In OUT: LEG/console, LEG/initramfs, and the kernel. -v prints the console as it comes. Exit: 0, 1, or
@@ -12,6 +13,7 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -34,21 +36,39 @@ static unsigned now(void)
 	return (unsigned)t.tv_sec;
 }
 
+/* The first one; NULL: all are there. */
 static const char *missing_program(void)
 {
-	static char text[PATH_MAX + 128];
-	char program[PATH_MAX / 2], path[PATH_MAX];
+	static char path[PATH_MAX];
+	char program[PATH_MAX / 2];
 
 	for (unsigned i = 0; i < leg.tests; i++) {
 		leg_program(&leg.test[i], program, sizeof(program));
 		fill(path, sizeof(path), "%s/%s", paths.programs, program);
-		if (access(path, X_OK)) {
-			fill(text, sizeof(text), "%.3000s is not built for %s; see tests/virt/README.md", path,
-			     leg.machine->arch);
-			return text;
-		}
+		if (access(path, X_OK))
+			return path;
 	}
 	return NULL;
+}
+
+/*
+ * Programs of this machine's own kind were built with this one. Those of another kind may not be yet: they are
+ * then, or it is a skip that names what is missing for it.
+ */
+static int have_programs(void)
+{
+	struct utsname host;
+	int status = PASSED;
+
+	if (missing_program() && !uname(&host) && strcmp(host.machine, leg.machine->arch)) {
+		printf("virt: builds programs of %s (%s)\n", leg.machine->arch, paths.programs);
+		status = build_programs(&paths);
+	}
+	if (status == PASSED && missing_program()) {
+		printf("FAIL: %s is not built\n", missing_program());
+		status = FAILED;
+	}
+	return status;
 }
 
 /* The console of the first run, for whoever wants to know why there was a second one. */
@@ -86,10 +106,11 @@ static int work(void)
 	const char *reason = domain_missing(leg.machine);
 	int status;
 
-	if (!reason)
-		reason = missing_program();
 	if (reason)
 		return skip(reason);
+	status = have_programs();
+	if (status)
+		return status;
 	status = fetch(&paths, leg.machine->debian, leg.suite);
 	if (status)
 		return status;
@@ -104,7 +125,8 @@ static int work(void)
 
 static int usage(void)
 {
-	fprintf(stderr, "usage: virt-leg [-v] [-S SYSROOT] SOURCE PROGRAMS OUT LEG [TEST...]\n");
+	fprintf(stderr, "usage: virt-leg [-v] [-S SYSROOT] SOURCE PROGRAMS OUT LEG [TEST...]\n"
+			"       virt-leg -k\n");
 	return 2;
 }
 
@@ -125,7 +147,11 @@ int main(int argc, char **argv)
 	int c;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
-	while ((c = getopt(argc, argv, "+vS:")) != -1) {
+	while ((c = getopt(argc, argv, "+kvS:")) != -1) {
+		if (c == 'k' && optind == argc) {
+			sweep();
+			return PASSED;
+		}
 		if (c == 'v')
 			paths.verbose = true;
 		else if (c == 'S')

@@ -35,29 +35,48 @@ bool make_paths(struct paths *paths, const char *out, const char *name, const ch
 	fill(paths->out, sizeof(paths->out), "%s", real);
 	for (const char *c = real; *c; c++)
 		hash = (hash ^ (unsigned char)*c) * 16777619;
-	fill(paths->root, sizeof(paths->root), "/tmp/kage-virt-%u-%08x", geteuid(), hash);
+	fill(paths->root, sizeof(paths->root), ROOTS "%u-%08x", geteuid(), hash);
 	real[strlen(real) - strlen(name) - 1] = 0;
 	fill(paths->boot, sizeof(paths->boot), "%s/%s-%s", real, debian, suite);
 	return true;
 }
 
-/* fetch.sh says why it cannot. */
-int fetch(const struct paths *paths, const char *debian, const char *suite)
+static int script(const struct paths *paths, const char *name, const char *a, const char *b, const char *c)
 {
-	char script[PATH_MAX];
+	char path[PATH_MAX];
 	int status;
 	pid_t pid;
 
-	fill(script, sizeof(script), "%s/tests/virt/fetch.sh", paths->source);
+	fill(path, sizeof(path), "%s/tests/%s", paths->source, name);
 	fflush(stdout);
 	pid = fork();
 	if (pid == 0) {
-		execlp("sh", "sh", script, debian, suite, paths->boot, (char *)NULL);
+		execlp("sh", "sh", path, a, b, c, (char *)NULL);
 		_exit(127);
 	}
 	if (pid < 0 || waitpid(pid, &status, 0) != pid || !WIFEXITED(status))
 		return FAILED;
 	return WEXITSTATUS(status);
+}
+
+/* fetch.sh says why it cannot. */
+int fetch(const struct paths *paths, const char *debian, const char *suite)
+{
+	return script(paths, "virt/fetch.sh", debian, suite, paths->boot);
+}
+
+/* Programs of another architecture, with the cross compiler; build.sh says why it cannot. */
+int build_programs(const struct paths *paths)
+{
+	char cross[PATH_MAX];
+	size_t len = strlen(paths->sysroot);
+
+	if (len < 9 || strcmp(paths->sysroot + len - 8, "/sysroot")) {
+		printf("virt: to build the programs a sysroot is needed: -S DIR/sysroot\n");
+		return FAILED;
+	}
+	fill(cross, sizeof(cross), "%.*s", (int)len - 8, paths->sysroot);
+	return script(paths, "cross/build.sh", paths->programs, cross, NULL);
 }
 
 /* -- the process that waits -------------------------------------------------------------------------------- */
@@ -84,7 +103,7 @@ static int supervise(pid_t worker, const sigset_t *signals, const char *root)
 	}
 	if (status >= 128) {
 		printf("virt: the harness was killed by signal %d\n", status - 128);
-		domain_kill_strays(root);
+		kill_strays(root);
 		status = FAILED;
 	}
 	return status;

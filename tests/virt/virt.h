@@ -9,15 +9,15 @@
  *	paths		where things lie
  *
  * Files, in the order in which a leg goes through them: supervise.c (folders; who cleans up), leg.c (the description),
- * initramfs.c with elf.c (what the machine boots), domain.c (libvirt: define, start, watch, destroy), result.c (what
- * the console says), main.c (the order of all this). beside.h: the program that has guests of its own.
+ * initramfs.c with elf.c (what the machine boots), sweep.c (what earlier runs left), domain.c (libvirt: define, start,
+ * watch, destroy), result.c (what the console says), main.c (the order of all this). beside.h: the program that has guests of its own.
  *
  * invariants
  *	V1. What counts is on the console: a test that has no VIRT-END line has failed, and so has a
  *	    leg without VIRT-DONE, or whose kernel came up in another mode than `mode` of the leg.
  *	V2. A skip that the leg's list does not have fails, and so does one of the list that did not happen.
  *	V3. No machine outlives the harness: domain.c destroys, supervise.c kills what is left of the root, and the next
- *	    start looks again.
+ *	    start of any leg looks again (sweep.c).
  */
 #ifndef KAGE_TESTS_VIRT_H
 #define KAGE_TESTS_VIRT_H
@@ -28,6 +28,8 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#define ROOTS	"/tmp/kage-virt-" /* the user's number and a hash of the output folder follow */
+#define RELEASE "bookworm" /* of Debian, whose kernel programs boot that read no description */
 #define PASSED	0
 #define FAILED	1
 #define SKIPPED 77
@@ -50,7 +52,8 @@ struct skip {
 struct leg {
 	const char *name;
 	const struct machine *machine;
-	char *suite, *cpu, *mode; /* suite of Debian: stable or a suite of backports */
+	char *suite, *cpu, *mode; /* suite of Debian: a release's codename, or its backports */
+	char *cmdline; /* more of it; NULL */
 	unsigned mib;
 	char *module[MAX], *file[MAX];
 	char *background; /* a program that runs beside all tests */
@@ -117,8 +120,17 @@ bool initramfs_make(const struct leg *leg, const struct paths *paths);
 /* supervise.c: what programs that run domains have in common */
 bool make_paths(struct paths *paths, const char *out, const char *name, const char *debian, const char *suite);
 int fetch(const struct paths *paths, const char *debian, const char *suite);
+int build_programs(const struct paths *paths);
 /* Calls `work` in a process of its own; the result is its, or FAILED: then what is left of the root's QEMUs is dead. */
 int supervised(int (*work)(void), const char *root);
+
+/* sweep.c: the folder of a connection, whose lock says that its run lives; what runs that were killed left behind */
+bool take_root(const struct paths *paths);
+bool make_folder(const char *path);
+void remove_tree(const char *path);
+void ram_folder(const char *root, char *path, size_t size);
+void kill_strays(const char *root);
+void sweep(void);
 
 /* domain.c */
 const char *domain_missing(const struct machine *machine);
@@ -126,7 +138,6 @@ bool domain_open(const struct paths *paths);
 struct _virConnect *domain_connection(void);
 void domain_close(void);
 enum ended domain_run(const struct leg *leg, const struct paths *paths, const struct watch *watch);
-void domain_kill_strays(const char *root);
 
 /* result.c */
 bool result_begin(struct leg *leg, const struct paths *paths);
