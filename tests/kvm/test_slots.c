@@ -854,7 +854,7 @@ START_TEST(the_log_is_exact_by_larger_pages)
 
 	unit = units[_i / 3];
 	if (!no_manual(mode))
-		exact_rounds(mode, 0, times(60));
+		exact_rounds(mode, 0, times(60, 6));
 	vm_start(&vm, 0, 0);
 	ck_assert_int_eq(vm_add(&vm, DATA, unit + 1), -EINVAL);
 	ck_assert_int_eq(vm_add(&vm, DATA + 1, unit), -EINVAL);
@@ -868,7 +868,7 @@ START_TEST(rings_are_exact_by_larger_pages)
 {
 	unit = units[_i];
 	if (!no_rings())
-		exact_rounds(0, 65536, times(60));
+		exact_rounds(0, 65536, times(60, 6));
 	unit = 1;
 }
 END_TEST
