@@ -40,23 +40,48 @@
 
 /* -- read ------------------------------------------------------------------------- */
 
-/* A block of anonymous memory may never have been touched: then it is not ours to populate. */
-static bool is_hole(const struct mm *mm, const struct mm_lookup *l)
-{
+/*
+ * What holds memory of a run of a block's frames. A call asks once a run, not once a page: what is
+ * populated before it begins is seen, and what is meanwhile may be read as it was. Such a frame
+ * cannot become another guest's without its entry changing, which read_frame() sees.
+ */
+struct populated {
+	pfn_t first;
+	unsigned npages; /* 0: nobody has been asked */
+	unsigned ahead;	 /* how many pages the call is going to read from here on, at least 1 */
 	uint64_t map[8];
+};
+
+/* A block of anonymous memory may never have been touched: then it is not ours to populate. */
+static bool is_hole(const struct mm *mm, const struct mm_lookup *l, struct populated *p)
+{
+	uint64_t i;
 
 	if (l->level == 0 || l->entry & ENTRY_SPECIAL)
 		return false;
-	pool_populated(mm->host->pool, l->pfn, 1, map);
-	return !(map[0] & 1);
+	if (l->pfn.v < p->first.v || l->pfn.v - p->first.v >= p->npages) {
+		p->first = l->pfn;
+		p->npages = (unsigned)MIN((uint64_t)p->ahead, BLOCK_PAGES - l->pfn.v % BLOCK_PAGES);
+		pool_populated(mm->host->pool, p->first, p->npages, p->map);
+	}
+	i = l->pfn.v - p->first.v;
+	return !(p->map[i / 64] >> i % 64 & 1);
+}
+
+static void copy_page(const struct mm *mm, const struct mm_lookup *l, size_t offset, void *buf, size_t len,
+		      struct populated *p)
+{
+	if (is_hole(mm, l, p))
+		memset(buf, 0, len);
+	else
+		guest_copy(buf, (const char *)pfn_hva(mm->host->pool, l->pfn) + offset, len);
 }
 
 void mm_copy_page(const struct mm *mm, const struct mm_lookup *l, size_t offset, void *buf, size_t len)
 {
-	if (is_hole(mm, l))
-		memset(buf, 0, len);
-	else
-		guest_copy(buf, (const char *)pfn_hva(mm->host->pool, l->pfn) + offset, len);
+	struct populated p = { .ahead = 1 };
+
+	copy_page(mm, l, offset, buf, len, &p);
 }
 
 /* Reads from a page without an entry: zeroes, the file, or what a pager fills in. */
@@ -76,11 +101,12 @@ static int read_untouched(struct mm *mm, const struct region *reg, gfn_t gfn, si
  * The grace period keeps the frame, but not its contents: once our entry has let
  * go of it (COW break, discard) another guest may find it exclusive and write.
  */
-static int read_frame(struct mm *mm, gfn_t gfn, const struct mm_lookup *l, size_t offset, void *buf, size_t len)
+static int read_frame(struct mm *mm, gfn_t gfn, const struct mm_lookup *l, size_t offset, void *buf, size_t len,
+		      struct populated *p)
 {
 	struct mm_lookup now;
 
-	mm_copy_page(mm, l, offset, buf, len);
+	copy_page(mm, l, offset, buf, len, p);
 	atomic_thread_fence(memory_order_acquire);
 	now = mm_lookup(mm, gfn);
 	return entry_is_leaf(now.entry) && pfn_eq(now.pfn, l->pfn) ? KAGE_OK : KAGE_RETRY;
@@ -115,7 +141,7 @@ static int read_window(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_
 #define READ_UNSETTLED 1001
 
 /* One page; KAGE_RETRY: look again, it may have to be faulted in first. */
-static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t len)
+static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t len, struct populated *p)
 {
 	const struct region *reg;
 	struct mirror *m;
@@ -134,7 +160,7 @@ static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t 
 	} else if (entry_is_leaf(l.entry) && !l.writable && m && atomic_load(&m->unsettled)) {
 		r = READ_UNSETTLED;
 	} else if (entry_is_leaf(l.entry)) {
-		r = read_frame(mm, gfn, &l, offset, buf, len);
+		r = read_frame(mm, gfn, &l, offset, buf, len, p);
 	} else if (!entry_is_none(l.entry) || (reg->flags & KAGE_REGION_TRAP && reg->touch)) {
 		r = KAGE_RETRY;
 	} else {
@@ -146,12 +172,17 @@ static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t 
 
 int mm_read(struct mm *mm, gpa_t gpa, void *buf, size_t len)
 {
+	struct populated p = { .npages = 0 };
 	char *to = buf;
 
 	while (len) {
 		size_t offset = gpa_offset(gpa), n = MIN(len, PAGE_SIZE - offset);
-		int r = read_page(mm, gpa_gfn(gpa), offset, to, n);
+		int r;
 
+		p.ahead = (unsigned)MIN((offset + len + PAGE_SIZE - 1) >> PAGE_SHIFT, (uint64_t)BLOCK_PAGES);
+		r = read_page(mm, gpa_gfn(gpa), offset, to, n, &p);
+		if (r)
+			p.npages = 0;
 		if (r == READ_UNSETTLED) {
 			sched_yield();
 			continue;

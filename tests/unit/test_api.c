@@ -381,6 +381,43 @@ START_TEST(holes)
 }
 END_TEST
 
+/* A long read over what was written and what was not, in any pieces: the bytes, and nothing gets memory for it. */
+START_TEST(reads_over_holes)
+{
+	const size_t pieces[] = {6 * MIB - 100, 100000, 2 * MIB, 4096, 13};
+	struct kage_stats before = {.size = sizeof(before)}, after = before;
+	unsigned char *want = calloc(6, MIB), *got = malloc(6 * MIB);
+	struct kage_engine *small; /* anonymous memory may be huge pages */
+	struct kage_vm *guest;
+
+	ok(kage_engine_create(KAGE_CFG(kage_engine_config, .backing = KAGE_BACKING_MEMFD), &small));
+	ok(kage_vm_create(small, NULL, &guest));
+	ok(kage_vm_map(guest, KAGE_CFG(kage_region, .gpa = 4 * MIB, .len = 6 * MIB)));
+	for (unsigned p = 0; p < 6 * MIB / PAGE; p += p % 7 + 1) {
+		memset(want + p * PAGE + p, (int)p | 1, 9);
+		ok(kage_vm_write(guest, 4 * MIB + p * PAGE + p, want + p * PAGE + p, 9));
+	}
+	ok(kage_stats_get(small, guest, &before));
+	ck_assert_uint_gt(before.pages_untouched, 600);
+	for (unsigned i = 0; i < sizeof(pieces) / sizeof(pieces[0]); i++) {
+		size_t end = i == 4 ? 65536 : 6 * MIB;
+
+		memset(got, 0xcc, 6 * MIB);
+		for (size_t at = 0, n; at < end; at += n) {
+			n = end - at < pieces[i] ? end - at : pieces[i];
+			ok(kage_vm_read(guest, 4 * MIB + at, got + at, n));
+		}
+		ck_assert_int_eq(memcmp(got, want, end), 0);
+	}
+	ok(kage_stats_get(small, guest, &after));
+	ck_assert_uint_eq(after.pages_untouched, before.pages_untouched);
+	ok(kage_vm_destroy(guest));
+	ok(kage_engine_destroy(small));
+	free(want);
+	free(got);
+}
+END_TEST
+
 START_TEST(outside)
 {
 	struct kage_fault f = {0};
@@ -1061,6 +1098,7 @@ int main(void)
 	    bad_regions,
 	    overlap,
 	    holes,
+	    reads_over_holes,
 	    outside,
 	    protection,
 	    parent_goes_first,
