@@ -10,19 +10,26 @@
  * combination has them) and what was cached is flushed, so that each access
  * shows all that it sets.
  *
- * KAGE_STRIDE=n: every n-th combination only. KAGE_FORMAT: one case by name.
+ * The cases whose names begin with "product" are a sample of the full product of
+ * format_space.h, in the order of test_format_product.c (which does the whole of
+ * it with the engine's walk alone): here a vCPU does the accesses.
+ *
+ * KAGE_STRIDE=n: every n-th combination only (7 if nothing is said; 1 takes minutes). KAGE_FORMAT: one case by name.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "format_guest.h"
+#include "format_space.h"
 #include "rng.h"
 
 #define BIT(n) ((uint64_t)1 << (n))
 #define TABLE_GPA(level) (BIT(20) + (uint64_t)(level) * BIT(16))
 #define PAGES_GPA ((uint64_t)4 << 20)
-#define MAX_LEVELS 4
+#define MAX_LEVELS 5
+#define SAMPLE 40000 /* of each space, if the stride is 1 */
+#define STRIDE 7     /* no divisor of what the loops below count to, nearly all powers of two */
 
 /* A combination: an address and the entries that translate it, as they are before use. */
 struct path {
@@ -354,16 +361,72 @@ static void x86_case(const struct fg_case *c)
 	finish(&g, c->name);
 }
 
+/* -- the full product, sampled -------------------------------------------- */
+
+static void product_mode(struct format_guest *g, const struct space *s, unsigned mode)
+{
+	space_registers(s, mode, &g->x86, &g->arm64);
+	fg_require(g, fg_set_regs(g) == KAGE_OK, "kage_vcpu_set_regs");
+}
+
+static void product_access(struct format_guest *g, const struct space *s, const char *name, const struct space_case *c)
+{
+	struct path p = { .va = c->va, .n = c->n, .bytes = s->entry_bytes };
+
+	for (unsigned i = 0; i < c->n; i++) {
+		p.entry[i].gpa = c->entry[i].gpa;
+		p.entry[i].value = c->entry[i].value;
+	}
+	if (c->access <= FG_FETCH) {
+		try_access(g, name, &p, c->mode, c->access);
+		return;
+	}
+	snprintf(g->about, sizeof(g->about), "%s, mode %x", name, c->mode);
+	make_fresh(g, &p);
+	fg_translate(g, p.va, c->access);
+}
+
+static void product_case(const struct fg_case *f)
+{
+	const struct space *s = &spaces[f->arg];
+	struct fg_config config = space_config(s);
+	uint64_t size = space_size(s), step = space_stride(s), n = SAMPLE / stride, number = 0;
+	struct format_guest g;
+	struct space_case c;
+
+	fg_create(&g, &config);
+	if (space_is_pae(s))
+		fg_write(&g, SPACE_PDPT + 16, SPACE_PDPTE, 8);
+	n = n < size ? n : size;
+	for (uint64_t i = 0; i < n; i++, number = (number + step) % size) {
+		space_case_of(s, number, &c);
+		product_mode(&g, s, c.mode);
+		product_access(&g, s, f->name, &c);
+	}
+	printf("%llu of %llu combinations of ", (unsigned long long)n, (unsigned long long)size);
+	finish(&g, f->name);
+}
+
+#define CASES_MAX 64
+
 int main(void)
 {
-	static const struct fg_case cases[] = {
+	static const struct fg_case single[] = {
 		{ "arm64-4k", arm64_case, 0 },      { "arm64-2m-block", arm64_case, 1 },
 		{ "arm64-1g-block", arm64_case, 2 }, { "arm64-16k", arm64_case, 3 },
 		{ "arm64-32m-block", arm64_case, 4 }, { "arm64-64k", arm64_case, 5 },
 		{ "arm64-512m-block", arm64_case, 6 }, { "x86-pae", x86_case, true },
 		{ "x86-32bit", x86_case, false },
 	};
+	static char names[CASES_MAX][48];
+	struct fg_case cases[CASES_MAX];
+	unsigned n = sizeof(single) / sizeof(single[0]);
 
-	stride = env_number("KAGE_STRIDE", env_number("KAGE_SHORT", 0) ? 31 : 1);
-	return fg_run_cases("format permissions", cases, sizeof(cases) / sizeof(cases[0]));
+	memcpy(cases, single, sizeof(single));
+	for (unsigned i = 0; i < nspaces; i++, n++) {
+		snprintf(names[i], sizeof(names[i]), "product-%s", spaces[i].name);
+		cases[n] = (struct fg_case){ names[i], product_case, i };
+	}
+	stride = env_number("KAGE_STRIDE", env_number("KAGE_SHORT", 0) ? 31 : STRIDE);
+	return fg_run_cases("format permissions", cases, n);
 }
