@@ -160,7 +160,8 @@ static uint64_t root_table(const struct walk *w, unsigned entries_log2)
 	uint64_t ttbr = w->upper ? w->cpu->ttbr1 : w->cpu->ttbr0, base;
 	unsigned align = entries_log2 + 3;
 
-	if (w->ds || (w->granule == K64 && w->cpu->lpa && bits(w->cpu->tcr, 34, 32) == 6)) {
+	/* IPS 7 is reserved and behaves as 6 (D24.2.131, TCR_EL1.IPS) */
+	if (w->ds || (w->granule == K64 && w->cpu->lpa && bits(w->cpu->tcr, 34, 32) >= 6)) {
 		base = bits(ttbr, 47, 6) << 6 | bits(ttbr, 5, 2) << 48;
 		if (align < 6)
 			align = 6;

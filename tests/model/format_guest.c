@@ -117,12 +117,23 @@ void fg_flush(struct format_guest *g, uint32_t kind, uint64_t gva)
 
 /* -- what the reference says ---------------------------------------------- */
 
+static bool answers(const struct format_guest *g, uint64_t gpa, uint32_t access)
+{
+	return fg_memory(g, gpa) && (!g->prot || (g->prot(g, gpa) & access));
+}
+
+static bool waits(const struct format_guest *g, uint64_t gpa)
+{
+	return g->waits && fg_memory(g, gpa) && g->waits(g, gpa);
+}
+
 static bool reference_read(void *arg, uint64_t gpa, uint64_t *value)
 {
 	struct format_guest *g = arg;
 	const void *p = fg_memory(g, gpa);
 
-	if (!p)
+	g->met_wait = answers(g, gpa, KAGE_READ) && waits(g, gpa);
+	if (!answers(g, gpa, KAGE_READ) || g->met_wait)
 		return false;
 	memcpy(value, p, sizeof(*value));
 	if (g->ntouched < FG_TOUCHED)
@@ -134,6 +145,8 @@ static bool reference_write(void *arg, uint64_t gpa, uint64_t value)
 {
 	struct format_guest *g = arg;
 
+	if (!answers(g, gpa, KAGE_WRITE))
+		return false;
 	memcpy(fg_memory(g, gpa), &value, sizeof(value));
 	g->count.flags_set++;
 	return true;
@@ -203,6 +216,7 @@ static struct answer expect(struct format_guest *g, uint64_t gva, enum fg_access
 	struct ref_memory m = { reference_read, quiet ? NULL : reference_write, g };
 
 	g->ntouched = 0;
+	g->met_wait = false;
 	return g->config.arch == KAGE_ARCH_ARM64 ? expect_arm64(g, &m, gva, access) : expect_x86(g, &m, gva, access);
 }
 
@@ -227,7 +241,9 @@ static bool same_fault(const struct kage_fault *f, const struct answer *a, uint6
 static void count(struct format_guest *g, const struct answer *a)
 {
 	g->count.translations++;
-	if (a->outside)
+	if (a->outside && g->met_wait)
+		g->count.waits++;
+	else if (a->outside)
 		g->count.outside++;
 	else if (a->outcome == KAGE_GUEST_FAULT)
 		g->count.faults++, g->count.fault_kinds |= (uint64_t)1 << (a->error & 63);
@@ -247,7 +263,9 @@ void fg_translate(struct format_guest *g, uint64_t gva, enum fg_access access)
 	bool same;
 
 	count(g, &a);
-	if (a.outside)
+	if (a.outside && g->met_wait)
+		same = outcome == KAGE_WAIT;
+	else if (a.outside)
 		same = outcome == KAGE_MMIO && f.gpa == a.gpa;
 	else if (a.outcome == KAGE_GUEST_FAULT)
 		same = outcome == a.outcome && same_fault(&f, &a, gva);
@@ -297,14 +315,19 @@ bool fg_do(struct format_guest *g, uint64_t gva, enum fg_access access, uint64_t
 {
 	struct answer a = expect(g, gva, access, false);
 	struct kage_fault f = { 0 };
+	uint32_t kind = access == FG_READ ? KAGE_READ : access == FG_WRITE ? KAGE_WRITE : KAGE_EXEC;
 	uint64_t wrote = value, *there;
 	int outcome = access_of(g, gva, access, &value, &f);
-	bool same;
+	bool same, wait;
 
 	count(g, &a);
-	there = a.outcome == KAGE_OK && !a.outside ? fg_memory(g, a.gpa) : NULL;
+	there = a.outcome == KAGE_OK && !a.outside && answers(g, a.gpa, kind) ? fg_memory(g, a.gpa) : NULL;
+	wait = g->met_wait || (there && waits(g, a.gpa));
+	there = wait ? NULL : there;
 	if (a.outcome == KAGE_GUEST_FAULT)
 		same = outcome == a.outcome && same_fault(&f, &a, gva);
+	else if (wait)
+		same = outcome == KAGE_WAIT;
 	else if (!there)
 		same = outcome == KAGE_MMIO && f.gpa == a.gpa;
 	else

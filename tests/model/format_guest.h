@@ -36,8 +36,12 @@ struct format_guest {
 	uint64_t touched[FG_TOUCHED]; /* the words of tables that the reference read last */
 	unsigned ntouched;
 	char about[160]; /* printed when something differs */
+	/* Optional: what memory at a gpa answers (KAGE_READ ...; else it is MMIO), and whether its page is still to come. */
+	uint32_t (*prot)(const struct format_guest *g, uint64_t gpa);
+	bool (*waits)(const struct format_guest *g, uint64_t gpa);
+	bool met_wait; /* by the reference's last walk: a table is still to come */
 	struct {
-		unsigned long translations, granted, faults, mmio, outside, flags_set;
+		unsigned long translations, granted, faults, mmio, outside, flags_set, waits;
 		uint64_t fault_kinds; /* bits: x86 error code, arm64 fault status code */
 	} count;
 };
