@@ -8,8 +8,7 @@
  * manuals say, and a sanitizer has nothing to say.
  *
  * All memory a guest has may serve as a table, so every store is followed by a
- * flush of everything: what may stay in caches is for test_stale.c
- * of the unit tests.
+ * flush of everything: what may stay in caches is for test_stale.c.
  *
  *   0      data
  *   1 MiB  tables, mostly (AREA)
