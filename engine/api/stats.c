@@ -109,6 +109,38 @@ static bool guests_valid(struct kage_vm *const *vms, unsigned count)
 	return count > 0;
 }
 
+/* From env_alloc(). NULL: no memory. */
+static struct mm **mms_of(struct kage_vm *const *vms, unsigned count)
+{
+	struct mm **mms = env_alloc(&vms[0]->engine->env, count * sizeof(*mms));
+
+	for (unsigned i = 0; mms && i < count; i++)
+		mms[i] = &vms[i]->mm;
+	return mms;
+}
+
+int kage_share_take(struct kage_vm *const *vms, unsigned count, struct kage_share *shares)
+{
+	struct kage_share *out;
+	struct mm **mms;
+	struct env *env;
+	int r;
+
+	if (!vms || !shares || !guests_valid(vms, count))
+		return -EINVAL;
+	env = &vms[0]->engine->env;
+	mms = mms_of(vms, count);
+	out = env_alloc(env, count * sizeof(*out));
+	r = mms && out ? host_each_mm(&vms[0]->engine->host, reconcile, NULL) : -ENOMEM;
+	if (r == 0)
+		r = obs_shares(mms, count, out);
+	if (r == 0)
+		memcpy(shares, out, count * sizeof(*out));
+	env_free(env, out, count * sizeof(*out));
+	env_free(env, mms, count * sizeof(*mms));
+	return r;
+}
+
 int kage_census_take(struct kage_vm *const *vms, unsigned count, struct kage_census *census)
 {
 	struct kage_census c = { 0 };
@@ -120,11 +152,9 @@ int kage_census_take(struct kage_vm *const *vms, unsigned count, struct kage_cen
 	r = config_check(census, sizeof(c), sizeof(c));
 	if (r)
 		return r;
-	mms = env_alloc(&vms[0]->engine->env, count * sizeof(*mms));
+	mms = mms_of(vms, count);
 	if (!mms)
 		return -ENOMEM;
-	for (unsigned i = 0; i < count; i++)
-		mms[i] = &vms[i]->mm;
 	r = obs_census(mms, count, vms[0]->engine->merge.salt, &c);
 	env_free(&vms[0]->engine->env, mms, count * sizeof(*mms));
 	if (r == 0) {

@@ -25,6 +25,9 @@ int obs_digest(struct mm *mm, uint64_t salt, gfn_t gfn, struct kage_digest *out)
 /* Compares what guests hold (census.c). -ENOMEM, or an error of obs_digest(). */
 int obs_census(struct mm *const *mms, unsigned guests, uint64_t salt, struct kage_census *out);
 
+/* What each of some guests holds, shared frames divided (share.c). `out`: one each. -ENOMEM. */
+int obs_shares(struct mm *const *mms, unsigned guests, struct kage_share *out);
+
 /* Text or JSON of a guest's primary table or regions, through put(). */
 int obs_dump_primary(struct mm *mm, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg);
 int obs_dump_regions(struct mm *mm, bool json, int (*put)(void *arg, const char *text, size_t len), void *arg);

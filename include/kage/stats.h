@@ -26,7 +26,7 @@ struct kage_stats {
 	uint64_t frames_table;   /**< frames that hold primary tables */
 	uint64_t frames_free;    /**< populated frames in the arena's free lists and caches */
 	uint64_t frames_pending; /**< waiting for their grace period */
-	uint64_t bytes_metadata; /**< populated bytes of the frame array and of section descriptors */
+	uint64_t bytes_metadata; /**< populated bytes of the frame array, and section descriptors; of sections in use */
 	uint64_t pages_private;  /**< guest: pages whose frame no other entry maps */
 	uint64_t pages_shared_clone; /**< guest: pages shared with clones only */
 	uint64_t pages_shared_merge; /**< guest: pages on a stable frame */
@@ -155,6 +155,31 @@ struct kage_census {
  * touch returned. Any thread; no guest may be destroyed meanwhile.
  */
 KAGE_API int kage_census_take(struct kage_vm *const *vms, unsigned count, struct kage_census *census);
+
+/**
+ * What a guest holds of the memory in use. A frame that several guest pages are, of one guest or of several, by
+ * cloning or by merging, counts for each of them with its part: 4096 / their number (what smaps calls Pss). Over all
+ * guests of an engine `bytes` add up to 4096 * (kage_stats.frames_used + pages_host_private), but for half a byte a guest. Neither
+ * the zero frame counts nor files' pages, which are the host's page cache.
+ */
+struct kage_share {
+	uint64_t bytes;         /**< 4096 * pages_private, and the parts of all shared pages; rounded to the nearest byte */
+	uint64_t bytes_clone;   /**< of these, on frames shared with clones only, rounded down */
+	uint64_t bytes_merge;   /**< on stable frames, rounded down; all of it if the guest is the last on a frame */
+	uint64_t pages_private; /**< pages whose memory no other page is: what ending the guest would free for sure */
+	uint64_t pages_shared;  /**< pages on frames of the other two kinds */
+	uint64_t reserved[3];   /**< 0 */
+};
+
+/**
+ * Fills in one struct for each of `count` guests of one engine. Time follows the length of the regions of all guests in
+ * their merge domains, memory the number of shared frames, 16 to 32 bytes each. Exact for what does not change
+ * meanwhile; a page that is written or merged during the call counts as it was or as it is.
+ *
+ * Returns KAGE_OK, -EINVAL (no guests, of several engines, or one of them twice), -ENOMEM. Any thread; none of the guests may
+ * be destroyed meanwhile. Clones, and guests that come and go, wait for it.
+ */
+KAGE_API int kage_share_take(struct kage_vm *const *vms, unsigned count, struct kage_share *shares);
 
 KAGE_END
 #endif

@@ -231,6 +231,24 @@ START_TEST(what_cannot_be_read_is_skipped_or_said)
 }
 END_TEST
 
+START_TEST(shares_are_refused)
+{
+	struct kage_vm *vms[2] = { guest(0), guest(1) }, *twice[2] = { vms[0], vms[0] }, *none[1] = { NULL };
+	struct kage_share share[2] = { { .bytes = 77 } };
+
+	ck_assert_int_eq(kage_share_take(NULL, 1, share), -EINVAL);
+	ck_assert_int_eq(kage_share_take(vms, 1, NULL), -EINVAL);
+	ck_assert_int_eq(kage_share_take(vms, 0, share), -EINVAL);
+	ck_assert_int_eq(kage_share_take(twice, 2, share), -EINVAL);
+	ck_assert_int_eq(kage_share_take(none, 1, share), -EINVAL);
+	ck_assert_uint_eq(share[0].bytes, 77);
+	ck_assert_int_eq(kage_share_take(vms, 2, share), 0);
+	ck_assert_uint_eq(share[0].bytes + share[1].bytes, 0);
+	for (unsigned i = 0; i < 2; i++)
+		ck_assert_int_eq(kage_vm_destroy(vms[i]), 0);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("census");
@@ -240,6 +258,7 @@ int main(void)
 
 	tcase_set_timeout(tc, 240);
 	tcase_add_checked_fixture(tc, setup, teardown);
+	tcase_add_test(tc, shares_are_refused);
 	tcase_add_test(tc, census_counts_what_a_comparison_of_all_pairs_counts);
 	tcase_add_test(tc, census_of_many_contents);
 	tcase_add_test(tc, digests_follow_the_owner_of_foreign_memory);
