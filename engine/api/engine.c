@@ -387,11 +387,11 @@ int kage_engine_audit(struct kage_engine *e, struct kage_audit *audit)
 	r = config_check(audit, sizeof(*audit), sizeof(*audit));
 	if (r)
 		return r;
-	lock_take(&e->merge.lock);
+	brlock_write(&e->merge.gate);
 	brlock_write(&e->upkeep);
 	r = host_audit(&e->host, &a, audit_secondary);
 	brlock_write_drop(&e->upkeep);
-	lock_drop(&e->merge.lock);
+	brlock_write_drop(&e->merge.gate);
 	if (r)
 		return r;
 	a.violations += atomic_load(&e->env.corruptions);

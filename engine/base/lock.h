@@ -23,7 +23,9 @@ enum lock_rank {
 	RANK_MERGE,      /* merging: one step at a time */
 	RANK_UPKEEP,     /* brlock: read around reaping and refilling, written by the audit */
 	RANK_ENGINE,     /* list of guests and families */
+	RANK_SCAN,       /* where merging's pass is */
 	RANK_FAMILY,     /* brlock of a clone family; sub: family id */
+	RANK_MIRRORS,    /* merging's changes of guests that have a mirror */
 	RANK_MM_RANGE,   /* brlock of an mm; sub: mm id */
 	RANK_TABLE_TOP,  /* table locks by level, top first; sub: family id << 16 | stripe */
 	RANK_TABLE_4,
@@ -31,7 +33,8 @@ enum lock_rank {
 	RANK_TABLE_2,
 	RANK_TABLE_1,
 	RANK_TABLE_0,
-	RANK_STABLE,     /* chains of stable frames, merge tables */
+	RANK_CANDIDATES, /* merging's table of candidates */
+	RANK_STABLE,     /* stable frames: their table and chains */
 	RANK_NOTIFY,     /* listener lists */
 	RANK_SLOTS,      /* KVM slots of one guest; sub: mm id */
 	RANK_SHADOW,     /* shadow tables of one guest; sub: mm id */

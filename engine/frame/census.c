@@ -7,6 +7,11 @@
  */
 #include "frame/private.h"
 
+uint64_t pool_forgotten(const struct pool *pool)
+{
+	return READ_ONCE(pool->priv->forgotten);
+}
+
 uint64_t pool_pending(const struct pool *pool)
 {
 	return READ_ONCE(pool->priv->pending);

@@ -247,6 +247,8 @@ struct pool_stats {
 void pool_stats(struct pool *pool, struct pool_stats *out);
 /* Frames that wait for their grace period. */
 uint64_t pool_pending(const struct pool *pool);
+/* Frames that were given back with FRAME_CANDIDATE set, ever. */
+uint64_t pool_forgotten(const struct pool *pool);
 /* Pages of home extents that an entry maps and that hold memory; time follows the number of blocks in use. */
 uint64_t pool_home_pages(struct pool *pool);
 

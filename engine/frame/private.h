@@ -88,6 +88,7 @@ struct pool_private {
 	_Alignas(CACHE_LINE) _Atomic uint64_t charged;
 	_Alignas(CACHE_LINE) _Atomic uint64_t pending_head; /* pfn */
 	_Atomic uint64_t pending;
+	_Atomic uint64_t forgotten; /* candidates of merging among what was given back */
 	_Atomic uint64_t vacated;
 	struct lock vacating; /* RANK_POOL: home slots being emptied, where the host's pages are larger than frames */
 	struct bucket bucket[WAIT_BUCKETS];

@@ -104,6 +104,8 @@ static uint64_t sort_pending(const struct pool *pool, uint64_t list)
 
 static void clear_frames(struct pool *pool, pfn_t pfn, uint64_t n, uint32_t bits)
 {
+	uint64_t forgotten = 0;
+
 	for (uint64_t i = 0; i < n; i++) {
 		struct frame *f = pfn_frame(pool, pfn_add(pfn, i));
 
@@ -112,9 +114,12 @@ static void clear_frames(struct pool *pool, pfn_t pfn, uint64_t n, uint32_t bits
 			WRITE_ONCE(f->where, 0);
 		if (READ_ONCE(f->refs) != 0)
 			WRITE_ONCE(f->refs, 0);
+		forgotten += (READ_ONCE(f->bits) & FRAME_CANDIDATE) != 0;
 		if (READ_ONCE(f->bits) != bits)
 			store_release(&f->bits, bits);
 	}
+	if (forgotten)
+		atomic_fetch_add_explicit(&pool->priv->forgotten, forgotten, memory_order_relaxed);
 }
 
 /* The slots are vacant: a block of which none is left in use may be mapped as a whole again. */
@@ -212,7 +217,7 @@ static uint64_t reap_extent(struct pool *pool, struct extent *e, uint64_t pfn, u
 static uint64_t reap_arena(struct pool *pool, struct arena *a, uint64_t pfn, uint64_t *frames)
 {
 	uint32_t batch[MAG_BATCH];
-	uint64_t done = 0;
+	uint64_t done = 0, forgotten = 0;
 	unsigned n = 0;
 
 	while (pfn && n < MAG_BATCH && pfn_section(pool, PFN(pfn))->arena == a) {
@@ -221,6 +226,7 @@ static uint64_t reap_arena(struct pool *pool, struct arena *a, uint64_t pfn, uin
 		unsigned order = frame_order(f);
 
 		done += (uint64_t)1 << order;
+		forgotten += (READ_ONCE(f->bits) & FRAME_CANDIDATE) != 0;
 		if (order || (READ_ONCE(f->bits) & FRAME_POISON)) {
 			arena_put(a, PFN(pfn), order);
 		} else {
@@ -233,6 +239,8 @@ static uint64_t reap_arena(struct pool *pool, struct arena *a, uint64_t pfn, uin
 	if (n)
 		buddy_put_batch(a, batch, n);
 	pool_uncharge(pool, done);
+	if (forgotten)
+		atomic_fetch_add_explicit(&pool->priv->forgotten, forgotten, memory_order_relaxed);
 	*frames += done;
 	return pfn;
 }

@@ -1,159 +1,211 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Candidates: frames that were hashed and have no partner yet, by hash and by
- * pfn (KSM's unstable tree, except that it is not thrown away after each pass).
+ * Candidates: frames that were hashed and have no partner yet (KSM's unstable
+ * tree, except that it is not thrown away after each pass).
  *
- * A frame that is a candidate carries FRAME_CANDIDATE; whoever hands the frame
- * out anew clears its flags, so a stale candidate gives itself away.
+ * One table with open addressing, 16 bytes an entry: the salted hash, and the
+ * pfn. The reverse question, "is this frame a candidate?", is answered by the
+ * frame's own bits: FRAME_CANDIDATE, and two bits of its hash (FRAME_TAG). So
+ * nothing is allocated for a page, a frame that was written loses its mark
+ * without being looked up, and one that is freed loses it with its other bits.
+ *
+ * Invariants:
+ *  1. a frame with FRAME_CANDIDATE had the contents that some entry's hash says
+ *     when it was marked.
+ *  2. an entry whose frame has no mark, or another tag, is garbage: whoever
+ *     meets it takes it out. So is one that a comparison has disproved.
+ *  3. `marked` counts marks that were set, less those that merging took away;
+ *     frames that were given back with their mark are counted by the pool. The
+ *     difference is exact, however much garbage there is.
+ *  4. garbage is at most half of a table with more than SWEEP_MIN entries after
+ *     each pass. Of frames that were written and hashed anew, whose old entry is told
+ *     by its tag alone, each sweep takes three in four.
+ *
+ * Locks: t->lock, for moments; inside it nothing else is taken.
+ *
+ * Why not lock-free: a scanner takes the lock once for sixteen pages, which
+ * cost it eight microseconds to read.
  */
 #include "merge/merge.h"
 
-#define BUCKETS_MIN 1024
+#define SLOTS_MIN 1024
+#define SWEEP_MIN 4096
+
+static uint32_t tag_of(uint64_t hash)
+{
+	return (uint32_t)(hash >> 32) & FRAME_TAG;
+}
 
 int candidates_init(struct candidates *t, struct env *env)
 {
-	*t = (struct candidates){ .env = env, .buckets = BUCKETS_MIN };
-	t->hash = env_alloc(env, t->buckets * sizeof(*t->hash));
-	t->pfn = env_alloc(env, t->buckets * sizeof(*t->pfn));
-	if (t->hash && t->pfn)
-		return 0;
-	candidates_finish(t);
-	return -ENOMEM;
+	memset(t, 0, sizeof(*t));
+	t->env = env;
+	lock_init(&t->lock, RANK_CANDIDATES, 0);
+	t->slot = env_alloc(env, SLOTS_MIN * sizeof(*t->slot));
+	if (!t->slot)
+		return -ENOMEM;
+	t->slots = SLOTS_MIN;
+	return 0;
 }
 
 void candidates_finish(struct candidates *t)
 {
-	for (uint64_t i = 0; t->hash && i < t->buckets; i++) {
-		for (struct candidate *c = t->hash[i], *next; c; c = next) {
-			next = c->by_hash;
-			env_free(t->env, c, sizeof(*c));
-		}
+	env_free(t->env, t->slot, t->slots * sizeof(*t->slot));
+	t->slot = NULL;
+	t->slots = t->used = 0;
+}
+
+static struct candidate *slot_of(const struct candidates *t, uint64_t hash)
+{
+	return &t->slot[hash & (t->slots - 1)];
+}
+
+static struct candidate *slot_next(const struct candidates *t, struct candidate *c)
+{
+	return ++c == t->slot + t->slots ? t->slot : c;
+}
+
+/* Takes an entry out; those behind it that it had pushed on move up. */
+static void slot_clear(struct candidates *t, struct candidate *hole)
+{
+	uint64_t mask = t->slots - 1, at = (uint64_t)(hole - t->slot);
+
+	for (struct candidate *c = slot_next(t, hole); c->pfn; c = slot_next(t, c)) {
+		uint64_t home = c->hash & mask, here = (uint64_t)(c - t->slot);
+
+		if (((here - home) & mask) < ((here - at) & mask))
+			continue; /* its home lies behind the hole */
+		*hole = *c;
+		hole = c;
+		at = here;
 	}
-	env_free(t->env, t->hash, t->buckets * sizeof(*t->hash));
-	env_free(t->env, t->pfn, t->buckets * sizeof(*t->pfn));
-	*t = (struct candidates){ 0 };
-}
-
-static struct candidate **hash_bucket(struct candidates *t, uint32_t domain, uint64_t hash)
-{
-	return &t->hash[(hash ^ (uint64_t)domain * 0x9e3779b97f4a7c15u) & (t->buckets - 1)];
-}
-
-static struct candidate **pfn_bucket(struct candidates *t, pfn_t pfn)
-{
-	return &t->pfn[(pfn.v * 0x9e3779b97f4a7c15u >> 16) & (t->buckets - 1)];
-}
-
-static void link_in(struct candidates *t, struct candidate *c)
-{
-	struct candidate **h = hash_bucket(t, c->domain, c->hash), **p = pfn_bucket(t, c->pfn);
-
-	c->by_hash = *h;
-	*h = c;
-	c->by_pfn = *p;
-	*p = c;
-}
-
-/* Doubles both tables; without memory they just get slower. */
-static void resize(struct candidates *t)
-{
-	uint64_t n = t->buckets;
-	struct candidate **hash = env_alloc(t->env, 2 * n * sizeof(*hash)), **old = t->hash;
-	struct candidate **pfn = env_alloc(t->env, 2 * n * sizeof(*pfn));
-
-	if (!hash || !pfn) {
-		env_free(t->env, hash, 2 * n * sizeof(*hash));
-		env_free(t->env, pfn, 2 * n * sizeof(*pfn));
-		return;
-	}
-	env_free(t->env, t->pfn, n * sizeof(*pfn));
-	t->hash = hash;
-	t->pfn = pfn;
-	t->buckets = 2 * n;
-	for (uint64_t i = 0; i < n; i++) {
-		for (struct candidate *c = old[i], *next; c; c = next) {
-			next = c->by_hash;
-			link_in(t, c);
-		}
-	}
-	env_free(t->env, old, n * sizeof(*old));
-}
-
-int candidates_add(struct candidates *t, struct pool *pool, uint32_t domain, uint64_t hash, pfn_t pfn)
-{
-	struct candidate *c = env_alloc(t->env, sizeof(*c));
-
-	if (!c)
-		return -ENOMEM;
-	if (t->count >= t->buckets)
-		resize(t);
-	*c = (struct candidate){ .hash = hash, .pfn = pfn, .domain = domain };
-	link_in(t, c);
-	t->count++;
-	atomic_fetch_or_explicit(&pfn_frame(pool, pfn)->bits, FRAME_CANDIDATE, memory_order_relaxed);
-	return 0;
-}
-
-struct candidate *candidates_find(struct candidates *t, uint32_t domain, uint64_t hash, pfn_t not)
-{
-	struct candidate *c;
-
-	for (c = *hash_bucket(t, domain, hash); c; c = c->by_hash)
-		if (c->hash == hash && c->domain == domain && !pfn_eq(c->pfn, not))
-			return c;
-	return NULL;
-}
-
-struct candidate *candidates_find_pfn(struct candidates *t, pfn_t pfn)
-{
-	struct candidate *c;
-
-	for (c = *pfn_bucket(t, pfn); c; c = c->by_pfn)
-		if (pfn_eq(c->pfn, pfn))
-			return c;
-	return NULL;
+	hole->pfn = 0;
+	t->used--;
 }
 
 bool candidate_alive(struct pool *pool, pfn_t pfn)
 {
-	return pfn_section(pool, pfn) && READ_ONCE(pfn_frame(pool, pfn)->bits) & FRAME_CANDIDATE;
+	uint32_t bits;
+	enum frame_kind kind;
+
+	if (!pfn_section(pool, pfn))
+		return false;
+	bits = READ_ONCE(pfn_frame(pool, pfn)->bits);
+	kind = (enum frame_kind)((bits & FRAME_KIND_MASK) >> FRAME_KIND_SHIFT);
+	return bits & FRAME_CANDIDATE && (kind == FRAME_HOME || kind == FRAME_PRIVATE);
 }
 
-static void forget(struct candidates *t, struct candidate *c)
+/* Inside a read section. */
+static bool entry_alive(struct pool *pool, const struct candidate *c)
 {
-	struct candidate **at;
-
-	for (at = hash_bucket(t, c->domain, c->hash); *at != c; at = &(*at)->by_hash)
-		;
-	*at = c->by_hash;
-	for (at = pfn_bucket(t, c->pfn); *at != c; at = &(*at)->by_pfn)
-		;
-	*at = c->by_pfn;
-	t->count--;
-	env_free(t->env, c, sizeof(*c));
+	return candidate_alive(pool, PFN(c->pfn)) &&
+	       (READ_ONCE(pfn_frame(pool, PFN(c->pfn))->bits) & FRAME_TAG) == tag_of(c->hash);
 }
 
-void candidates_remove(struct candidates *t, struct pool *pool, struct candidate *c)
+int candidates_reserve(struct candidates *t, uint64_t n)
 {
-	rcu_enter();
-	if (candidate_alive(pool, c->pfn))
-		atomic_fetch_and_explicit(&pfn_frame(pool, c->pfn)->bits, ~FRAME_CANDIDATE, memory_order_relaxed);
-	rcu_leave();
-	forget(t, c);
+	struct candidate *old = t->slot, *slot;
+	uint64_t slots = t->slots;
+
+	if ((t->used + n) * 8 <= slots * 5)
+		return 0;
+	slot = env_alloc(t->env, 2 * slots * sizeof(*slot));
+	if (!slot)
+		return t->used + n < slots - slots / 16 ? 0 : -ENOMEM; /* slower, but it works */
+	WRITE_ONCE(t->slot, slot);
+	WRITE_ONCE(t->slots, 2 * slots);
+	for (uint64_t i = 0; i < slots; i++) {
+		struct candidate *c;
+
+		if (!old[i].pfn)
+			continue;
+		for (c = slot_of(t, old[i].hash); c->pfn; c = slot_next(t, c))
+			;
+		*c = old[i];
+	}
+	env_free(t->env, old, slots * sizeof(*old));
+	return 0;
+}
+
+void candidates_prefetch(const struct candidates *t, uint64_t hash)
+{
+	const struct candidate *slot = READ_ONCE(t->slot);
+
+	__builtin_prefetch(&slot[hash & (READ_ONCE(t->slots) - 1)], 1);
+}
+
+pfn_t candidates_find(struct candidates *t, struct pool *pool, uint64_t hash, pfn_t not)
+{
+	struct candidate *c = slot_of(t, hash);
+
+	while (c->pfn) {
+		if (c->hash != hash || c->pfn == not.v)
+			c = slot_next(t, c);
+		else if (entry_alive(pool, c))
+			return PFN(c->pfn);
+		else
+			slot_clear(t, c);
+	}
+	return PFN_NONE;
+}
+
+void candidates_add(struct candidates *t, struct pool *pool, uint64_t hash, pfn_t pfn)
+{
+	_Atomic uint32_t *word = &pfn_frame(pool, pfn)->bits;
+	uint32_t bits = atomic_load_explicit(word, memory_order_relaxed);
+	struct candidate *c;
+
+	while (!atomic_compare_exchange_weak_explicit(word, &bits, (bits & ~FRAME_TAG) | FRAME_CANDIDATE | tag_of(hash),
+						      memory_order_relaxed, memory_order_relaxed))
+		;
+	if (!(bits & FRAME_CANDIDATE))
+		atomic_fetch_add_explicit(&t->marked, 1, memory_order_relaxed);
+	for (c = slot_of(t, hash); c->pfn; c = slot_next(t, c))
+		if (c->hash == hash && c->pfn == pfn.v)
+			return;
+	*c = (struct candidate){ .hash = hash, .pfn = pfn.v };
+	t->used++;
+}
+
+void candidates_drop(struct candidates *t, uint64_t hash, pfn_t pfn)
+{
+	struct candidate *c;
+
+	lock_take(&t->lock);
+	for (c = slot_of(t, hash); c->pfn; c = slot_next(t, c)) {
+		if (c->hash == hash && c->pfn == pfn.v) {
+			slot_clear(t, c);
+			break;
+		}
+	}
+	lock_drop(&t->lock);
+}
+
+void candidate_unmark(struct candidates *t, struct frame *f)
+{
+	if (READ_ONCE(f->bits) & FRAME_CANDIDATE &&
+	    atomic_fetch_and_explicit(&f->bits, ~(FRAME_CANDIDATE | FRAME_TAG), memory_order_relaxed) & FRAME_CANDIDATE)
+		atomic_fetch_sub_explicit(&t->marked, 1, memory_order_relaxed);
+}
+
+uint64_t candidates_count(const struct candidates *t, struct pool *pool)
+{
+	uint64_t lost = pool_forgotten(pool), marked = READ_ONCE(t->marked);
+
+	return marked > lost ? marked - lost : 0;
 }
 
 void candidates_sweep(struct candidates *t, struct pool *pool)
 {
-	bool alive;
-
-	for (uint64_t i = 0; i < t->buckets; i++) {
-		for (struct candidate *c = t->hash[i], *next; c; c = next) {
-			next = c->by_hash;
+	lock_take(&t->lock);
+	if (t->used > SWEEP_MIN && t->used > 2 * candidates_count(t, pool)) {
+		/* An entry that moves up into a cleared slot is looked at there; one that wraps round, not this time. */
+		for (uint64_t i = 0; i < t->slots; i++) {
 			rcu_enter();
-			alive = candidate_alive(pool, c->pfn);
+			while (t->slot[i].pfn && !entry_alive(pool, &t->slot[i]))
+				slot_clear(t, &t->slot[i]);
 			rcu_leave();
-			if (!alive)
-				forget(t, c);
 		}
 	}
+	lock_drop(&t->lock);
 }

@@ -2,14 +2,15 @@
 /*
  * Same-page merging, in steps that the embedder drives.
  *
- *   dirty log ──► pages quiet for one whole pass ──► hash ──► stable frame with this hash?  merge into it
- *                                                         └─► candidate with this hash?     both become one stable frame
- *                                                         └─► else: a candidate
+ *   scan.c        which guest, which 128 MiB of it, which pages: the policy. From dirty logs
+ *   look.c        2 MiB at a time: what these pages map, and what is in them
+ *   run.c         whom they equal: the zero frame, a stable frame, a candidate (candidate.c)
+ *   plan.c        one change that merges all of a run
  *
- * A pass goes over all guests with mergeable regions, 128 MiB at a time. A page
- * that was written since the last pass waits for the next; one that was not, but
- * was before, is quiet: it is hashed, once. So nothing is read in the first pass,
- * and a guest that writes nothing costs nothing from the third on.
+ * A pass goes over all guests with mergeable regions. A page that was written
+ * since the last pass waits for the next; one that was not, but was before, is
+ * quiet: it is read, once. So nothing is read in the first pass, and a guest
+ * that writes nothing costs nothing from the third on.
  *
  * Merging is between frames, not pages: all entries that map the duplicate (a
  * clone's as well) are found by the reverse map and redirected in one change.
@@ -21,7 +22,11 @@
  *  G3  a candidate is a frame, not a page: its content is what its hash says
  *      unless somebody wrote it, and then the comparison tells.
  *
- * Locks: merge->lock, one step at a time; then host->lock, families for reading.
+ * Several threads may step at once. Each takes a chunk (128 MiB of a guest) for
+ * itself for the time of a batch: so a chunk's state needs no lock of its own.
+ *
+ * Locks: merge->gate, for reading, around a batch; merge->lock for where the pass is and whose a
+ * chunk is; host->lock, and the families concerned, for reading.
  */
 #ifndef KAGE_MERGE_MERGE_H
 #define KAGE_MERGE_MERGE_H
@@ -31,30 +36,42 @@
 
 struct stable;
 
+/* -- candidates (candidate.c) -------------------------------------------------- */
+
 struct candidate {
-	struct candidate *by_hash, *by_pfn;
-	uint64_t hash;
-	pfn_t pfn;
-	uint32_t domain;
+	uint64_t hash; /* salted, of the domain */
+	uint64_t pfn;  /* 0: empty */
 };
 
-/* Two chained tables over the same objects. */
 struct candidates {
 	struct env *env;
-	uint64_t buckets, count;
-	struct candidate **hash, **pfn;
+	struct lock lock;
+	uint64_t slots, used; /* slots: a power of two */
+	struct candidate *slot;
+	_Atomic uint64_t marked; /* invariant 3 of candidate.c */
 };
 
 int candidates_init(struct candidates *t, struct env *env);
 void candidates_finish(struct candidates *t);
-int candidates_add(struct candidates *t, struct pool *pool, uint32_t domain, uint64_t hash, pfn_t pfn);
-struct candidate *candidates_find(struct candidates *t, uint32_t domain, uint64_t hash, pfn_t not);
-struct candidate *candidates_find_pfn(struct candidates *t, pfn_t pfn);
-void candidates_remove(struct candidates *t, struct pool *pool, struct candidate *c);
-/* The frame still carries the mark of a candidate. Inside a read section. */
+/* t->lock held: room for n more. -ENOMEM. */
+int candidates_reserve(struct candidates *t, uint64_t n);
+/* t->lock held, inside a read section. A candidate with this hash; PFN_NONE: no other than `not`. */
+pfn_t candidates_find(struct candidates *t, struct pool *pool, uint64_t hash, pfn_t not);
+/* The same: marks the frame, which was mapped in this read section. Room was reserved. */
+void candidates_add(struct candidates *t, struct pool *pool, uint64_t hash, pfn_t pfn);
+/* Brings an entry's place near. */
+void candidates_prefetch(const struct candidates *t, uint64_t hash);
+/* A comparison has disproved the entry, or it has been merged. */
+void candidates_drop(struct candidates *t, uint64_t hash, pfn_t pfn);
+/* What was known of the frame is old. Inside a read section, or the frame is held otherwise. */
+void candidate_unmark(struct candidates *t, struct frame *f);
+/* An ordinary frame in use that carries the mark: it stays readable for the rest of the read section. */
 bool candidate_alive(struct pool *pool, pfn_t pfn);
-/* Drops candidates whose frame is no ordinary frame in use any more. */
+uint64_t candidates_count(const struct candidates *t, struct pool *pool);
+/* Takes garbage out, if there is enough of it. */
 void candidates_sweep(struct candidates *t, struct pool *pool);
+
+/* -- what is known of guests (scan.c) --------------------------------------------- */
 
 #define MERGE_CHUNK_SHIFT 15 /* pages: 128 MiB, as a dirty log's chunk */
 #define MERGE_CHUNK_PAGES ((uint64_t)1 << MERGE_CHUNK_SHIFT)
@@ -63,39 +80,42 @@ void candidates_sweep(struct candidates *t, struct pool *pool);
 struct merge_chunk {
 	uint64_t index; /* gfn >> MERGE_CHUNK_SHIFT */
 	struct merge_chunk *next; /* ascending */
+	bool open;     /* not all of `todo` is done */
+	bool taken;    /* a scanner is at it. merge->lock */
 	uint64_t pending[MERGE_CHUNK_WORDS]; /* written before the last harvest: hashed at the next if quiet */
 	uint64_t later[MERGE_CHUNK_WORDS];   /* quiet, but pinned or in somebody's way: again in the next pass */
+	uint64_t todo[MERGE_CHUNK_WORDS];    /* quiet: to be looked at in this pass */
 };
 
 struct merge_mm {
 	struct mm *mm;
 	struct dirty_log *log;
-	struct merge_chunk *chunks;
-	uint64_t volatiles, skipped;           /* pages, in this pass so far */
-	uint64_t volatiles_last, skipped_last; /* in the last whole pass */
-	uint64_t scanned, passes;              /* ever */
+	struct merge_chunk *chunks;                    /* merge->lock */
+	_Atomic uint64_t volatiles, skipped;           /* pages, in this pass so far */
+	_Atomic uint64_t volatiles_last, skipped_last; /* in the last whole pass */
+	_Atomic uint64_t scanned, passes;              /* ever */
 };
 
 struct merge {
 	struct host *host;
-	struct lock lock;
+	struct brlock gate; /* read: a batch of a step; write: audit, tuning, a guest leaves */
+	struct lock lock;   /* where the pass is; chunks of guests */
 	_Atomic bool on; /* read without the lock by who asks whether a step is due */
-	bool no_zero;
+	bool no_zero;    /* these three change with the gate held for writing */
 	uint32_t max_sharing;
 	uint64_t salt;
 	struct candidates candidates;
+	struct lock mirrors; /* changes that involve a mirror are made one at a time */
 	/* where the pass is */
-	uint64_t mm_id;       /* guest being scanned, 0: a pass begins */
-	uint64_t chunk;       /* next chunk of it */
-	bool chunk_open;
-	uint64_t next_word;
-	uint64_t todo[MERGE_CHUNK_WORDS];
+	uint64_t mm_id;  /* guest being scanned, 0: a pass begins */
+	uint64_t chunk;  /* next chunk of it */
+	unsigned taken;  /* chunks that scanners are at */
 	/* counters */
 	_Atomic uint64_t passes, scanned;
 	_Atomic uint64_t volatiles, skipped; /* of the last pass */
 	_Atomic uint64_t volatiles_pass, skipped_pass;
-	uint64_t waiting_pass;    /* pages that this pass leaves for the next */
-	_Atomic uint64_t waiting; /* that the last one left */
+	_Atomic uint64_t waiting_pass; /* pages that this pass leaves for the next */
+	_Atomic uint64_t waiting;      /* that the last one left */
 };
 
 int merge_init(struct merge *m, struct host *h, uint64_t salt);
@@ -110,18 +130,9 @@ void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing);
 void merge_forget(struct merge *m, struct mm *mm);
 /*
  * Spends a budget: `pages` and `usec`, 0: no limit, both 0: to the end of the
- * pass. Adds to scanned and merged; *more: the pass is not over. -ENOMEM.
+ * pass. Adds to scanned and merged; *more: the pass is not over. -ENOMEM. Threads
+ * that step at once share the pass; who finds nothing left to take returns with *more.
  */
 int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t *scanned, uint64_t *merged, bool *more);
-
-/*
- * Replaces every entry that maps `from` by one that maps `into`: the zero frame,
- * a stable frame (`s`, with a reference that is consumed on success), or an
- * ordinary frame that becomes stable. 0; -EILSEQ: the contents differ; -EAGAIN:
- * raced, or a pin is in the way; -ENOMEM, -ETIMEDOUT. The families of both are
- * held for reading.
- */
-int merge_frames(struct merge *m, struct family *from_family, pfn_t from, struct family *into_family, pfn_t into,
-		 struct stable *s, uint64_t hash, uint32_t domain);
 
 #endif

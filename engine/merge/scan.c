@@ -1,44 +1,35 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Scanning: which pages are quiet, what they hash to, and whom they equal.
+ * Scanning: where a pass is, and which pages are quiet.
  *
  * Each guest with a mergeable region has a dirty log of merging's own. Taking a
  * chunk (128 MiB) of it gives the pages written since the last pass; they are
- * pending. Pages that were pending and are not in this harvest are quiet and get
- * hashed. State is one bit a page.
+ * pending. Pages that were pending and are not in this harvest are quiet: they go, 2 MiB
+ * at a time, to scan_group(). State is one bit a page, three times.
+ *
+ * A batch takes a chunk from the guest that the pass is at: one that another step left
+ * open, or the next. While it is at it nobody else takes that chunk. The pass is over when
+ * there is no guest left, and nobody is at a chunk.
  *
  * Invariants:
  *  Q1  a page is hashed only if nobody wrote it during one whole pass.
- *  Q2  a frame that is a candidate already (a clone's page, say) is not hashed
- *      again: a shared frame cannot have changed, and a written one is harvested.
+ *  Q2  what was known of a frame goes with the harvest that says it was written.
  *
- * Locks: merge->lock around a step; host->lock and the guest's family (reading)
- * around a batch of at most 512 pages, a second family for a moment of a merge.
+ * Locks: merge->gate (reading), host->lock (reading), merge->lock for moments, the guest's
+ * family (reading) around a batch of at most 512 pages. The gate keeps an audit out, which would
+ * wait for a family while we, with another one, wait for that.
  */
 #include <time.h>
-#include <xxhash.h>
 
-#include "base/guest.h"
-#include "merge/merge.h"
+#include "merge/run.h"
 #include "mm/layer.h"
 #include "mm/mirror.h"
 #include "mm/region.h"
 #include "mm/rmap.h"
-#include "mm/stable.h"
-#include "mm/tenant.h"
+#include "mm/table.h"
 
 #define BATCH 512
-
-/* What became of a quiet page; errors are negative. */
-enum scan {
-	SCAN_MERGED,
-	SCAN_UNIQUE,  /* no partner: a candidate from now on */
-	SCAN_NOTHING, /* not a page for merging */
-	SCAN_LATER,   /* somebody was in the way: again in the next pass */
-	SCAN_NO_STABLE,
-	SCAN_LOOKED,  /* quiet, and hashed: not merged yet */
-	SCAN_ADOPT,   /* quiet, but in a page of the host kernel's */
-};
+#define LIVE_MOST 128 /* pages of one change where somebody may be waiting for its end */
 
 #define SHARING_DEFAULT (256u << 10)
 
@@ -48,7 +39,9 @@ int merge_init(struct merge *m, struct host *h, uint64_t salt)
 	m->host = h;
 	m->salt = salt;
 	m->max_sharing = SHARING_DEFAULT;
-	lock_init(&m->lock, RANK_MERGE, 0);
+	brlock_init(&m->gate, RANK_MERGE, 0);
+	lock_init(&m->lock, RANK_SCAN, 0);
+	lock_init(&m->mirrors, RANK_MIRRORS, 0);
 	return candidates_init(&m->candidates, h->env);
 }
 
@@ -59,11 +52,11 @@ void merge_finish(struct merge *m)
 
 void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing)
 {
-	lock_take(&m->lock);
+	brlock_write(&m->gate);
 	m->on = on;
 	m->no_zero = no_zero;
 	m->max_sharing = max_sharing ? max_sharing : SHARING_DEFAULT;
-	lock_drop(&m->lock);
+	brlock_write_drop(&m->gate);
 }
 
 /* -- what is known of a guest ----------------------------------------------------------- */
@@ -81,7 +74,7 @@ void merge_forget(struct merge *m, struct mm *mm)
 {
 	struct merge_mm *g;
 
-	lock_take(&m->lock);
+	brlock_write(&m->gate);
 	mm->leaving = true;
 	g = mm->merge;
 	if (g) {
@@ -90,7 +83,7 @@ void merge_forget(struct merge *m, struct mm *mm)
 		env_free(m->host->env, g, sizeof(*g));
 		mm->merge = NULL;
 	}
-	lock_drop(&m->lock);
+	brlock_write_drop(&m->gate);
 }
 
 static int merge_attach(struct merge *m, struct mm *mm)
@@ -128,361 +121,120 @@ static struct merge_chunk *chunk_at(struct merge *m, struct merge_mm *g, uint64_
 	return c;
 }
 
-/* -- a page ------------------------------------------------------------------------------- */
+/* -- a chunk ------------------------------------------------------------------------------ */
 
-static bool is_zero(const void *page)
+/* Pages of 2 MiB that were written: what merging knew of their frames is old. Inside a read section. */
+static void forget_group(struct merge *m, struct mm *mm, gfn_t base, const uint64_t *dirty)
 {
-	const uint64_t *w = page;
+	entry_t *above, *leaf, e = ENTRY_NONE;
+	pfn_t table, first = PFN_NONE;
+	unsigned level;
 
-	for (unsigned i = 0; i < PAGE_SIZE / 8; i += 8)
-		if (READ_ONCE(w[i]) | READ_ONCE(w[i + 1]) | READ_ONCE(w[i + 2]) | READ_ONCE(w[i + 3]) |
-		    READ_ONCE(w[i + 4]) | READ_ONCE(w[i + 5]) | READ_ONCE(w[i + 6]) | READ_ONCE(w[i + 7]))
-			return false;
-	return true;
-}
-
-__attribute__((no_sanitize("thread"))) static uint64_t page_hash(const struct tenant *t, const void *page)
-{
-	return XXH3_64bits_withSeed(page, PAGE_SIZE, t->salt);
-}
-
-/* The family of a candidate's frame, NULL if it is no frame of a guest any more. */
-static struct family *family_of(struct host *h, pfn_t pfn)
-{
-	struct layer *l = NULL;
-
-	rcu_enter();
-	if (candidate_alive(h->pool, pfn))
-		l = layer_find(h, where_owner(rmap_where(h, pfn)));
-	rcu_leave();
-	return l ? l->family : NULL;
-}
-
-/* Is the frame that was looked up still the page's? For the rest of a read section it is readable then. */
-static bool still_mapped(struct mm *mm, gfn_t gfn, pfn_t pfn)
-{
-	struct mm_lookup l = mm_lookup(mm, gfn);
-
-	return entry_is_leaf(l.entry) && pfn_eq(l.pfn, pfn);
-}
-
-/* A page that has moved on says nothing about the candidate. */
-static bool contents_differ(struct mm *mm, gfn_t gfn, pfn_t page, pfn_t candidate)
-{
-	struct pool *pool = mm->host->pool;
-	bool differ = true;
-
-	rcu_enter();
-	if (candidate_alive(pool, candidate))
-		differ = still_mapped(mm, gfn, page) &&
-			 guest_compare(pfn_hva(pool, page), pfn_hva(pool, candidate), PAGE_SIZE) != 0;
-	rcu_leave();
-	return differ;
-}
-
-/*
- * Merges a page's frame with a candidate, whose family is read-locked for it.
- * Writers of a family's lock hold only that one, and host->lock keeps audits out: waiting
- * for a second family while holding a first one cannot close a circle.
- */
-static int merge_pair(struct merge *m, struct mm *mm, pfn_t pfn, struct candidate *c)
-{
-	struct host *h = m->host;
-	struct brlock_held held;
-	struct family *other = family_of(h, c->pfn);
-	bool locked = false;
-	int r;
-
-	if (!other)
-		return -EILSEQ;
-	if (other != mm->family) {
-		while (!brlock_read_try(&other->lock, &held))
-			cpu_relax();
-		locked = true;
+	leaf = table_leaves(mm, base, &table, &above, &level);
+	if (!leaf) {
+		e = above ? entry_load(above) : ENTRY_NONE;
+		if (!entry_is_leaf(e) || e & ENTRY_SPECIAL)
+			return;
+		first = pfn_add(entry_pfn(e), base.v & (level_pages(level) - 1));
 	}
-	r = merge_frames(m, mm->family, pfn, other, c->pfn, NULL, c->hash, c->domain);
-	if (locked)
-		brlock_read_drop(&other->lock, held);
-	return r;
-}
+	for (unsigned w = 0; w < GROUP_WORDS; w++) {
+		for (uint64_t bits = dirty[w]; bits; bits &= bits - 1) {
+			unsigned i = w * 64 + (unsigned)__builtin_ctzll(bits);
 
-static bool pair_keeps(struct host *h, uint64_t where, pfn_t pfn);
-
-/* -ENOMEM ends the step; anything else that kept a merge from happening passes. */
-static int scan_of(int r)
-{
-	return r == 0 ? SCAN_MERGED : r == -ENOMEM ? r : SCAN_LATER;
-}
-
-/* Merges into a stable frame that has room. */
-static int merge_stable(struct merge *m, struct mm *mm, pfn_t pfn, uint64_t hash)
-{
-	struct host *h = m->host;
-
-	for (unsigned skip = 0;; skip++) {
-		struct stable *s = stable_get(h, mm->domain, hash, skip);
-		uint32_t refs;
-		int r;
-
-		if (!s)
-			return SCAN_NO_STABLE;
-		refs = atomic_load(&pfn_frame(h->pool, s->pfn)->refs);
-		if (refs > m->max_sharing) /* ours included */ {
-			stable_put(h, s);
-			continue;
+			if (leaf)
+				e = entry_load(&leaf[i]);
+			if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL))
+				candidate_unmark(&m->candidates,
+						 pfn_frame(m->host->pool, leaf ? entry_pfn(e) : pfn_add(first, i)));
 		}
-		if (s->count > 2 * (uint64_t)refs + 8)
-			stable_prune(h, s, pair_keeps);
-		r = merge_frames(m, mm->family, pfn, NULL, s->pfn, s, hash, mm->domain);
-		if (r)
-			stable_put(h, s);
-		if (r != -EILSEQ)
-			return scan_of(r);
 	}
 }
 
-static int found_one(const struct rmap_entry *e, void *arg)
-{
-	return 1;
-}
-
-/* A pair of a chain is worth keeping if an entry is still found through it. When in doubt: yes. */
-static bool pair_keeps(struct host *h, uint64_t where, pfn_t pfn)
-{
-	struct layer *l = layer_find(h, where_owner(where));
-	struct brlock_held held;
-	bool keep;
-
-	if (!l)
-		return false;
-	if (!brlock_read_try(&l->family->lock, &held))
-		return true;
-	keep = rmap_walk_where(h, where, pfn, found_one, NULL) != 0;
-	brlock_read_drop(&l->family->lock, held);
-	return keep;
-}
-
-static int merge_unstable(struct merge *m, struct mm *mm, gfn_t gfn, pfn_t pfn, uint64_t hash)
-{
-	struct pool *pool = m->host->pool;
-	struct candidate *c;
-	int r;
-
-	while ((c = candidates_find(&m->candidates, mm->domain, hash, pfn))) {
-		r = merge_pair(m, mm, pfn, c);
-		if (r == -EAGAIN && contents_differ(mm, gfn, pfn, c->pfn))
-			r = -EILSEQ; /* freed or written since it was hashed */
-		if (r == 0 || r == -EILSEQ)
-			candidates_remove(&m->candidates, pool, c);
-		if (r != -EILSEQ)
-			return scan_of(r);
-	}
-	/* Only a frame that is still mapped gets the mark. */
-	rcu_enter();
-	r = SCAN_LATER;
-	if (still_mapped(mm, gfn, pfn))
-		r = candidates_add(&m->candidates, pool, mm->domain, hash, pfn) ? -ENOMEM : SCAN_UNIQUE;
-	rcu_leave();
-	return r;
-}
-
-/* A quiet page, as it was in the read section in which it was looked up. */
-struct quiet {
-	pfn_t pfn;
-	bool zero;
-	uint64_t hash;
-};
-
-static int merge_page(struct merge *m, struct mm *mm, gfn_t gfn, const struct quiet *q)
-{
-	int r;
-
-	if (q->zero)
-		return scan_of(merge_frames(m, mm->family, q->pfn, NULL, tenant_zero(mm->family->tenant), NULL, 0, mm->domain));
-	r = merge_stable(m, mm, q->pfn, q->hash);
-	return r == SCAN_NO_STABLE ? merge_unstable(m, mm, gfn, q->pfn, q->hash) : r;
-}
-
-/* -- a batch ---------------------------------------------------------------------------------- */
-
-/* Memory of a home that was never touched is not there to be read. One query for 2 MiB. */
-struct populated {
-	pfn_t base; /* of the block that `map` describes; PFN_NONE: none yet */
-	uint64_t map[8];
-};
-
-static bool is_populated(struct merge *m, struct populated *p, pfn_t pfn)
-{
-	pfn_t base = PFN(ALIGN_DOWN(pfn.v, BLOCK_PAGES));
-
-	if (frame_kind(pfn_frame(m->host->pool, pfn)) != FRAME_HOME)
-		return true;
-	if (!pfn_eq(base, p->base)) {
-		pool_populated(m->host->pool, base, BLOCK_PAGES, p->map);
-		p->base = base;
-	}
-	return p->map[(pfn.v - base.v) / 64] >> (pfn.v % 64) & 1;
-}
-
-/* Q2. A candidate whose frame has been handed out anew is forgotten on the way. */
-static bool known(struct merge *m, pfn_t pfn)
-{
-	struct candidate *c = candidates_find_pfn(&m->candidates, pfn);
-
-	if (!c)
-		return false;
-	if (READ_ONCE(pfn_frame(m->host->pool, pfn)->bits) & FRAME_CANDIDATE)
-		return true;
-	candidates_remove(&m->candidates, m->host->pool, c);
-	return false;
-}
-
-/* Inside a read section: nothing else keeps the frame, or its metadata. */
-static int page_look(struct merge *m, struct merge_mm *g, struct populated *pop, gfn_t gfn, struct quiet *q)
-{
-	const struct region *reg;
-	struct mm_lookup l;
-	enum frame_kind kind;
-	bool mergeable;
-	const void *page;
-
-	reg = mm_region(g->mm, gfn);
-	l = mm_lookup(g->mm, gfn);
-	mergeable = reg && reg->flags & KAGE_REGION_MERGEABLE;
-	if (!mergeable || mm_coarse(g->mm) || (g->mm->mirror && !g->mm->mirror->blocks))
-		return SCAN_NOTHING;
-	if (g->mm->mirror && READ_ONCE(g->mm->mirror->scarce))
-		return SCAN_LATER;
-	if (entry_state(l.entry) == ENTRY_HOST_PRIVATE)
-		return SCAN_ADOPT;
-	if (!entry_is_leaf(l.entry) || l.entry & ENTRY_SPECIAL)
-		return SCAN_NOTHING;
-	kind = frame_kind(pfn_frame(m->host->pool, l.pfn));
-	if ((kind != FRAME_HOME && kind != FRAME_PRIVATE) || known(m, l.pfn))
-		return SCAN_NOTHING;
-	if (frame_pins(pfn_frame(m->host->pool, l.pfn))) {
-		g->skipped++;
-		return SCAN_LATER;
-	}
-	if (!is_populated(m, pop, l.pfn))
-		return SCAN_NOTHING;
-	page = pfn_hva(m->host->pool, l.pfn);
-	q->pfn = l.pfn;
-	q->zero = !m->no_zero && !pfn_is_none(tenant_zero(g->mm->family->tenant)) && is_zero(page);
-	q->hash = q->zero ? 0 : page_hash(g->mm->family->tenant, page);
-	return SCAN_LOOKED;
-}
-
-/* A page that the host kernel has made private comes home; it is looked at once it has been quiet there. */
-static int scan_adopt(struct mm *mm, gfn_t gfn)
-{
-	struct brlock_held held = brlock_read(&mm->range);
-	int r = mm->mirror && mm_region(mm, gfn) ? mm_adopt_page(mm, gfn, NULL, NULL) : 0;
-
-	brlock_read_drop(&mm->range, held);
-	return r == -ENOMEM ? r : SCAN_LATER;
-}
-
-static int scan_page(struct merge *m, struct merge_mm *g, struct populated *pop, gfn_t gfn)
-{
-	struct quiet q;
-	int r;
-
-	rcu_enter();
-	r = page_look(m, g, pop, gfn, &q);
-	rcu_leave();
-	if (r == SCAN_ADOPT)
-		return scan_adopt(g->mm, gfn);
-	if (r != SCAN_LOOKED)
-		return r;
-	atomic_fetch_add_explicit(&m->scanned, 1, memory_order_relaxed);
-	WRITE_ONCE(g->scanned, g->scanned + 1);
-	return merge_page(m, g->mm, gfn, &q);
-}
-
-/* Pages that were written: what merging knew of their frames is old. */
+/* Q2 */
 static void forget_written(struct merge *m, struct mm *mm, gfn_t base, const uint64_t *dirty)
 {
-	for (unsigned w = 0; w < MERGE_CHUNK_WORDS; w++) {
-		for (uint64_t bits = dirty[w]; bits; bits &= bits - 1) {
-			struct candidate *c;
-			struct mm_lookup l;
+	for (unsigned w = 0; w < MERGE_CHUNK_WORDS; w += GROUP_WORDS) {
+		uint64_t any = 0;
 
-			rcu_enter();
-			l = mm_lookup(mm, gfn_add(base, w * 64 + __builtin_ctzll(bits)));
-			rcu_leave();
-			c = entry_is_leaf(l.entry) ? candidates_find_pfn(&m->candidates, l.pfn) : NULL;
-			if (c)
-				candidates_remove(&m->candidates, m->host->pool, c);
-		}
+		for (unsigned i = 0; i < GROUP_WORDS; i++)
+			any |= dirty[w + i];
+		if (!any)
+			continue;
+		rcu_enter();
+		forget_group(m, mm, gfn_add(base, w * 64), &dirty[w]);
+		rcu_leave();
 	}
 }
 
-/* Harvests the chunk and works out what is to be hashed. */
-static int chunk_begin(struct merge *m, struct merge_mm *g)
+/* Harvests the chunk and works out what is to be looked at. */
+static int chunk_begin(struct merge *m, struct merge_mm *g, struct merge_chunk *c)
 {
-	gfn_t base = GFN(m->chunk << MERGE_CHUNK_SHIFT);
-	struct merge_chunk *c = chunk_at(m, g, m->chunk, true);
+	gfn_t base = GFN(c->index << MERGE_CHUNK_SHIFT);
+	uint64_t waiting = 0, volatiles = 0;
 	int64_t n;
 
-	if (!c)
-		return -ENOMEM;
 	if (mm_native(g->mm)) /* pages that the host kernel made private are to be found as such */
 		mm_reconcile(g->mm, base, gfn_add(base, MERGE_CHUNK_PAGES), false);
-	n = dirty_collect_bitmap(g->log, base, MERGE_CHUNK_PAGES, m->todo);
+	n = dirty_collect_bitmap(g->log, base, MERGE_CHUNK_PAGES, c->todo);
 	if (n < 0)
 		return (int)n;
-	if (n > 0 && m->candidates.count)
-		forget_written(m, g->mm, base, m->todo);
+	if (n > 0 && READ_ONCE(m->candidates.marked))
+		forget_written(m, g->mm, base, c->todo);
 	for (unsigned w = 0; w < MERGE_CHUNK_WORDS; w++) {
-		uint64_t dirty = m->todo[w];
+		uint64_t dirty = c->todo[w];
 
-		g->volatiles += __builtin_popcountll(dirty & c->pending[w]);
-		m->todo[w] = (c->pending[w] | c->later[w]) & ~dirty;
+		volatiles += (unsigned)__builtin_popcountll(dirty & c->pending[w]);
+		c->todo[w] = (c->pending[w] | c->later[w]) & ~dirty;
 		c->pending[w] = dirty;
-		m->waiting_pass += __builtin_popcountll(dirty);
+		waiting += (unsigned)__builtin_popcountll(dirty);
 		c->later[w] = 0;
 	}
-	m->chunk_open = true;
-	m->next_word = 0;
+	add_relaxed(&g->volatiles, volatiles);
+	add_relaxed(&m->waiting_pass, waiting);
+	c->open = true;
 	return 0;
 }
 
-/* Up to BATCH pages of the open chunk. Returns the number it spent, or -errno. */
-static int64_t chunk_batch(struct merge *m, struct merge_mm *g, uint64_t limit, uint64_t *merged)
+/* Up to `limit` pages of an open chunk, 2 MiB at a time. Returns the number it spent, or -errno. */
+static int64_t chunk_batch(struct scanner *s, struct merge_chunk *c, uint64_t limit)
 {
-	struct merge_chunk *c = chunk_at(m, g, m->chunk, false);
-	struct populated pop = { .base = PFN_NONE };
-	int64_t spent = 0;
+	uint64_t spent = 0, later = 0;
+	int r = 0;
 
-	for (; m->next_word < MERGE_CHUNK_WORDS; m->next_word++) {
-		uint64_t *todo = &m->todo[m->next_word];
+	for (unsigned w = 0; w < MERGE_CHUNK_WORDS; w += GROUP_WORDS) {
+		uint64_t here = 0;
 
-		while (*todo) {
-			gfn_t gfn = GFN((m->chunk << MERGE_CHUNK_SHIFT) + m->next_word * 64 + __builtin_ctzll(*todo));
-			int r;
+		if (spent == limit)
+			return (int64_t)spent;
+		for (unsigned i = 0; i < GROUP_WORDS; i++) {
+			uint64_t *todo = &c->todo[w + i];
 
-			if (spent == (int64_t)limit)
-				return spent;
-			r = scan_page(m, g, &pop, gfn);
-			if (r < 0)
-				return r;
-			*todo &= *todo - 1;
-			spent++;
-			*merged += r == SCAN_MERGED;
-			m->waiting_pass += r == SCAN_LATER;
-			if (r == SCAN_LATER)
-				c->later[m->next_word] |= (uint64_t)1 << (gfn.v % 64);
+			s->todo[i] = s->later[i] = s->hashed[i] = 0;
+			for (; *todo && spent + here < limit; *todo &= *todo - 1, here++)
+				s->todo[i] |= *todo & -*todo;
 		}
+		if (!here)
+			continue;
+		s->base = GFN((c->index << MERGE_CHUNK_SHIFT) + w * 64);
+		r = scan_group(s);
+		for (unsigned i = 0; i < GROUP_WORDS; i++) {
+			c->todo[w + i] |= s->todo[i]; /* what an error has left */
+			c->later[w + i] |= s->later[i];
+			later += (unsigned)__builtin_popcountll(s->later[i]);
+		}
+		add_relaxed(&s->m->waiting_pass, later);
+		later = 0;
+		spent += here;
+		if (r)
+			return r;
 	}
-	m->chunk_open = false;
-	m->chunk++;
-	return spent;
+	c->open = false;
+	return (int64_t)spent;
 }
 
 /* -- a pass -------------------------------------------------------------------------------------- */
 
-/* The next chunk at or after m->chunk that a mergeable region, or old state, reaches. */
+/* The next chunk at or after m->chunk that a mergeable region, or old state, reaches. merge->lock held. */
 static bool chunk_next(struct merge *m, struct mm *mm)
 {
 	struct merge_mm *g = mm->merge;
@@ -510,26 +262,26 @@ static bool chunk_next(struct merge *m, struct mm *mm)
 static void guest_done(struct merge *m, struct merge_mm *g)
 {
 	if (g) {
-		atomic_fetch_add(&m->volatiles_pass, g->volatiles);
-		atomic_fetch_add(&m->skipped_pass, g->skipped);
-		WRITE_ONCE(g->volatiles_last, g->volatiles);
-		WRITE_ONCE(g->skipped_last, g->skipped);
-		g->volatiles = g->skipped = 0;
-		WRITE_ONCE(g->passes, g->passes + 1);
+		uint64_t volatiles = atomic_exchange(&g->volatiles, 0), skipped = atomic_exchange(&g->skipped, 0);
+
+		atomic_fetch_add(&m->volatiles_pass, volatiles);
+		atomic_fetch_add(&m->skipped_pass, skipped);
+		atomic_store(&g->volatiles_last, volatiles);
+		atomic_store(&g->skipped_last, skipped);
+		add_relaxed(&g->passes, 1);
 	}
 	m->mm_id++;
 	m->chunk = 0;
-	m->chunk_open = false;
 }
 
+/* merge->lock held, and nobody is at a chunk. */
 static void pass_done(struct merge *m)
 {
 	candidates_sweep(&m->candidates, m->host->pool);
 	atomic_store(&m->volatiles, atomic_exchange(&m->volatiles_pass, 0));
 	atomic_store(&m->skipped, atomic_exchange(&m->skipped_pass, 0));
 	atomic_fetch_add(&m->passes, 1);
-	atomic_store(&m->waiting, m->waiting_pass);
-	m->waiting_pass = 0;
+	atomic_store(&m->waiting, atomic_exchange(&m->waiting_pass, 0));
 	m->mm_id = 0;
 	m->chunk = 0;
 }
@@ -559,38 +311,145 @@ static struct mm *guest_next(struct merge *m, struct brlock_held *held)
 	return best;
 }
 
-/* One batch, or one move to the next chunk or guest. 1: the pass is over. */
-static int step_once(struct merge *m, uint64_t limit, uint64_t *spent, uint64_t *merged)
+static bool chunk_free(const struct merge_chunk *c)
 {
-	struct brlock_held held;
-	struct mm *mm;
-	int64_t n = 0;
+	return !c->taken && c->open;
+}
 
-	lock_take(&m->host->lock);
-	mm = guest_next(m, &held);
-	if (!mm) {
-		lock_drop(&m->host->lock);
-		pass_done(m);
-		return 1;
+/* A guest that the pass has left behind, with a chunk that a step left open. merge->lock held. */
+static struct mm *guest_open(struct merge *m, struct brlock_held *held)
+{
+	list_for_each(fp, &m->host->families) {
+		struct family *f = container_of(fp, struct family, node);
+
+		*held = brlock_read(&f->lock);
+		list_for_each(mp, &f->mms) {
+			struct mm *mm = container_of(mp, struct mm, node);
+			struct merge_mm *g = mm->merge;
+
+			for (struct merge_chunk *c = g ? g->chunks : NULL; c; c = c->next)
+				if (chunk_free(c))
+					return mm;
+		}
+		brlock_read_drop(&f->lock, *held);
 	}
-	if (mm->id != m->mm_id) {
-		m->mm_id = mm->id;
+	return NULL;
+}
+
+/* What a step does next. */
+struct work {
+	struct mm *mm; /* its family is held; NULL: nothing is left */
+	struct brlock_held held;
+	pfn_t zero; /* as in struct scanner */
+	struct merge_chunk *chunk; /* taken; NULL: the guest is over, or nothing is known of it yet */
+};
+
+/* A chunk of the guest that some step left open; else the next. -ENOMEM. */
+static int chunk_take(struct merge *m, struct merge_mm *g, struct work *w)
+{
+	struct merge_chunk *c = g->chunks;
+
+	while (c && !chunk_free(c))
+		c = c->next;
+	if (!c) {
+		if (!chunk_next(m, g->mm))
+			return 0;
+		c = chunk_at(m, g, m->chunk, true);
+		if (!c)
+			return -ENOMEM;
+		m->chunk++;
+	}
+	c->taken = true;
+	m->taken++;
+	w->chunk = c;
+	w->zero = m->no_zero ? PFN_NONE : tenant_zero(g->mm->family->tenant);
+	return 0;
+}
+
+/* merge->lock held. -ENOMEM. */
+static int work_take(struct merge *m, struct work *w)
+{
+	int r = 0;
+
+	w->mm = guest_next(m, &w->held);
+	if (!w->mm) {
+		w->mm = guest_open(m, &w->held);
+		return w->mm ? chunk_take(m, w->mm->merge, w) : 0;
+	}
+	if (w->mm->id != m->mm_id) {
+		m->mm_id = w->mm->id;
 		m->chunk = 0;
-		m->chunk_open = false;
 	}
-	if (!m->chunk_open && !chunk_next(m, mm))
-		guest_done(m, mm->merge);
-	else if (!mm->merge)
-		n = merge_attach(m, mm);
-	else if (!m->chunk_open)
-		n = chunk_begin(m, mm->merge);
-	else
-		n = chunk_batch(m, mm->merge, limit, merged);
-	brlock_read_drop(&mm->family->lock, held);
-	lock_drop(&m->host->lock);
-	if (n > 0)
-		*spent += n;
-	return n < 0 ? (int)n : 0;
+	if (!w->mm->merge)
+		return chunk_next(m, w->mm) ? merge_attach(m, w->mm) : (guest_done(m, NULL), 0);
+	r = chunk_take(m, w->mm->merge, w);
+	if (r == 0 && !w->chunk)
+		guest_done(m, w->mm->merge);
+	return r;
+}
+
+static void scanner_begin(struct scanner *s, const struct work *w)
+{
+	struct merge *m = s->m;
+	struct mm *mm = w->mm;
+
+	if (s->mm_id != mm->id) /* a guest's address may have been another's before */
+		s->hint = PFN_NONE;
+	s->mm_id = mm->id;
+	s->mm = mm;
+	s->g = mm->merge;
+	s->populated_base = PFN_NONE;
+	s->live = mm_listening(mm) ? LIVE_MOST : BLOCK_PAGES;
+	s->run.family = mm->family;
+	s->run.domain = mm->domain;
+	s->zero = w->zero;
+	s->run.zero_hash = pfn_is_none(s->zero) ? 0 : page_hash(mm->family->tenant, pfn_hva(m->host->pool, PFN_ZERO));
+}
+
+static int64_t work_do(struct scanner *s, struct work *w, uint64_t limit)
+{
+	struct merge_chunk *c = w->chunk;
+	int r = 0;
+
+	scanner_begin(s, w);
+	if (!c->open)
+		r = chunk_begin(s->m, s->g, c);
+	return r ? r : chunk_batch(s, c, limit);
+}
+
+/* One batch, or one move to the next chunk or guest. 1: the pass is over, or others are at all that is left of it. */
+static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *more)
+{
+	struct merge *m = s->m;
+	struct brlock_held gate = brlock_read(&m->gate), host = brlock_read(&m->host->lock);
+	struct work w = { 0 };
+	int64_t n = 0;
+	int r;
+
+	lock_take(&m->lock);
+	r = work_take(m, &w);
+	if (!w.mm) {
+		r = 1;
+		*more = m->taken != 0;
+		if (!m->taken)
+			pass_done(m);
+	}
+	lock_drop(&m->lock);
+	if (w.chunk) {
+		n = work_do(s, &w, limit);
+		lock_take(&m->lock);
+		w.chunk->taken = false;
+		m->taken--;
+		if (n < 0 && !w.chunk->open && m->mm_id == w.mm->id)
+			m->chunk = MIN(m->chunk, w.chunk->index); /* not even begun */
+		lock_drop(&m->lock);
+	}
+	if (w.mm)
+		brlock_read_drop(&w.mm->family->lock, w.held);
+	brlock_read_drop(&m->host->lock, host);
+	brlock_read_drop(&m->gate, gate);
+	*spent += n > 0 ? (uint64_t)n : 0;
+	return n < 0 ? (int)n : r;
 }
 
 static uint64_t now_usec(void)
@@ -604,18 +463,25 @@ static uint64_t now_usec(void)
 int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t *scanned, uint64_t *merged, bool *more)
 {
 	uint64_t start = usec ? now_usec() : 0, spent = 0;
+	struct scanner *s;
 	int r = 0;
 
 	*more = false;
-	lock_take(&m->lock);
-	while (r == 0 && m->on) {
+	if (!atomic_load(&m->on))
+		return 0;
+	s = env_alloc(m->host->env, sizeof(*s));
+	if (!s)
+		return -ENOMEM;
+	s->m = m;
+	while (r == 0 && atomic_load(&m->on)) {
 		if ((pages && spent >= pages) || (usec && now_usec() - start >= usec)) {
 			*more = true;
 			break;
 		}
-		r = step_once(m, pages ? MIN(BATCH, pages - spent) : BATCH, &spent, merged);
+		r = step_once(s, pages ? MIN(BATCH, pages - spent) : BATCH, &spent, more);
 	}
-	lock_drop(&m->lock);
 	*scanned += spent;
+	*merged += s->merged;
+	env_free(m->host->env, s, sizeof(*s));
 	return r < 0 ? r : 0;
 }

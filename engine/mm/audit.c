@@ -292,7 +292,7 @@ static struct family *family_after(struct host *h, uint64_t id)
 
 static void stop_all(struct host *h)
 {
-	lock_take(&h->lock);
+	brlock_write(&h->lock);
 	for (struct family *f = family_after(h, 0); f; f = family_after(h, f->id))
 		brlock_write(&f->lock);
 	for (struct mm *mm = mm_after(h, 0); mm; mm = mm_after(h, mm->id))
@@ -306,7 +306,7 @@ static void resume_all(struct host *h)
 			brlock_write_drop(&container_of(mp, struct mm, node)->range);
 	list_for_each(fp, &h->families)
 		brlock_write_drop(&container_of(fp, struct family, node)->lock);
-	lock_drop(&h->lock);
+	brlock_write_drop(&h->lock);
 }
 
 static int all_mms(struct host *h, int (*fn)(struct mm *mm, void *arg), void *arg)

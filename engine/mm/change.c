@@ -51,7 +51,7 @@ static void change_end(struct change *c)
  * say. Of a mirrored guest that is only true of pages which have not diverged, and
  * with writes blocked, as they are now, none can begin to.
  */
-static int change_settled(const struct change *c)
+static int change_settled(struct change *c)
 {
 	if (c->adopts || !(c->flags & KAGE_RANGE_SAME_CONTENT))
 		return 0;
@@ -66,8 +66,10 @@ static int change_settled(const struct change *c)
 		m->ops->diverged(m, t->notify.start, (unsigned)(t->notify.end.v - t->notify.start.v), map);
 		for (unsigned w = 0; w < MIRROR_WORDS; w++)
 			any |= map[w];
-		if (any)
+		if (any && !c->ops->diverged)
 			return -ESTALE;
+		if (any)
+			c->ops->diverged(c, t, map);
 	}
 	return 0;
 }

@@ -25,9 +25,15 @@
 #include "mm/table.h"
 
 struct change;
+struct change_target;
 
 struct change_ops {
 	int (*prepare)(struct change *c);  /* NULL: nothing to do */
+	/*
+	 * Pages of a target that the host kernel has made private (bit i of map: start + i), which the
+	 * planner leaves out. NULL: any such page ends the change, with -ESTALE.
+	 */
+	void (*diverged)(struct change *c, const struct change_target *t, const uint64_t *map);
 	int (*inspect)(struct change *c);  /* NULL: nothing to do; -EAGAIN: give up */
 	void (*lock)(struct change *c);    /* NULL: the caller holds what commit needs */
 	int (*recheck)(struct change *c);  /* NULL: nothing can have changed */

@@ -20,7 +20,7 @@ int host_init(struct host *h, struct env *env, struct pool *pool, const struct r
 	h->pool = pool;
 	h->key = *key;
 	h->limited = limited;
-	lock_init(&h->lock, RANK_ENGINE, 0);
+	brlock_init(&h->lock, RANK_ENGINE, 0);
 	lock_init(&h->ids, RANK_IDS, 0);
 	lock_init(&h->stable, RANK_STABLE, 0);
 	list_init(&h->families);
@@ -116,7 +116,7 @@ int mm_create(struct host *h, struct mm *mm, uint32_t domain, unsigned levels)
 	if (r)
 		goto finish_notify;
 	mm->regions = regions_new(h, 0);
-	lock_take(&h->lock); /* the audit knows of no table that no mm has */
+	brlock_write(&h->lock); /* the audit knows of no table that no mm has */
 	r = mm->regions ? table_new(mm, levels - 1, &root) : -ENOMEM;
 	if (r)
 		goto unlock;
@@ -125,10 +125,10 @@ int mm_create(struct host *h, struct mm *mm, uint32_t domain, unsigned levels)
 	list_add_tail(&f->mms, &mm->node);
 	f->count = 1;
 	list_add_tail(&h->families, &f->node);
-	lock_drop(&h->lock);
+	brlock_write_drop(&h->lock);
 	return 0;
 unlock:
-	lock_drop(&h->lock);
+	brlock_write_drop(&h->lock);
 	regions_free(h, mm->regions);
 	layer_free(h, l);
 finish_notify:
@@ -141,6 +141,11 @@ free_family:
 bool mm_busy(struct mm *mm)
 {
 	return !list_empty(&mm->pins) || notify_busy(&mm->notify);
+}
+
+bool mm_listening(struct mm *mm)
+{
+	return notify_listening(&mm->notify) != 0;
 }
 
 static void counters_retire(struct host *h, struct mm *mm)
@@ -160,7 +165,7 @@ int mm_destroy(struct mm *mm)
 	if (mm_busy(mm))
 		return -EBUSY;
 	/* host->lock keeps walks over all guests away from listeners that are being released */
-	lock_take(&h->lock);
+	brlock_write(&h->lock);
 	notify_release(&mm->notify);
 	brlock_write(&f->lock);
 	brlock_write(&mm->range);
@@ -174,7 +179,7 @@ int mm_destroy(struct mm *mm)
 	brlock_write_drop(&mm->range);
 	brlock_write_drop(&f->lock);
 	dead_release(h->pool, &dead); /* still under a lock of the audit's: frames that no table reaches are pending */
-	lock_drop(&h->lock);
+	brlock_write_drop(&h->lock);
 	regions_retire(h, mm->regions);
 	notify_finish(&mm->notify);
 	if (last)
@@ -184,9 +189,9 @@ int mm_destroy(struct mm *mm)
 
 int host_each_mm(struct host *h, int (*fn)(struct mm *mm, void *arg), void *arg)
 {
+	struct brlock_held walk = brlock_read(&h->lock);
 	int r = 0;
 
-	lock_take(&h->lock);
 	list_for_each(fp, &h->families) {
 		struct family *f = container_of(fp, struct family, node);
 		struct brlock_held held = brlock_read(&f->lock);
@@ -200,6 +205,6 @@ int host_each_mm(struct host *h, int (*fn)(struct mm *mm, void *arg), void *arg)
 		if (r)
 			break;
 	}
-	lock_drop(&h->lock);
+	brlock_read_drop(&h->lock, walk);
 	return r;
 }

@@ -93,7 +93,7 @@ struct mm_counters {
 struct host {
 	struct env *env;
 	struct pool *pool;
-	struct lock lock;     /* the list of families; outermost */
+	struct brlock lock;   /* the list of families; outermost. Read: walks, merging; write: guests come and go, audit */
 	struct lock ids;      /* layer ids, mm ids; innermost */
 	struct lock stable;   /* chains of stable frames */
 	struct list families;
@@ -171,6 +171,8 @@ int mm_create(struct host *h, struct mm *mm, uint32_t domain, unsigned levels);
 /* -EBUSY while pins, readers or interval notifiers exist. Calls release of the listeners. Logs are closed before. */
 int mm_destroy(struct mm *mm);
 bool mm_busy(struct mm *mm);
+/* Somebody hears of changes, at this moment: guests may be waiting for their ends. */
+bool mm_listening(struct mm *mm);
 /* `child` is zeroed memory. */
 int mm_clone(struct mm *parent, struct mm *child);
 

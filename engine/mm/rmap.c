@@ -98,6 +98,26 @@ pfn_t table_holding(const struct mm *mm, gfn_t gfn, entry_t **slot, unsigned *le
 	return entry_is_leaf(e) ? table : PFN_NONE;
 }
 
+entry_t *table_leaves(const struct mm *mm, gfn_t gfn, pfn_t *table, entry_t **above, unsigned *level)
+{
+	const struct pool *pool = mm->host->pool;
+	entry_t *slot = (entry_t *)&mm->root, e = entry_load(slot);
+
+	*level = root_level(e) + 1;
+	if (gfn.v >= level_pages(*level)) {
+		*above = NULL;
+		return NULL;
+	}
+	while (*level > 0 && entry_is_table(e)) {
+		--*level;
+		*table = entry_pfn(e);
+		slot = table_entries(pool, *table) + level_index(gfn, *level);
+		e = entry_load(slot);
+	}
+	*above = slot;
+	return *level == 0 ? slot - level_index(gfn, 0) : NULL;
+}
+
 struct rmap {
 	pfn_t pfn;
 	gfn_t gfn;

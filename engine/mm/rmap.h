@@ -32,6 +32,12 @@ int rmap_walk_where(struct host *h, uint64_t where, pfn_t pfn, int (*visit)(cons
 /* The pair an ordinary frame carries, or that its extent gives it. */
 uint64_t rmap_where(const struct host *h, pfn_t pfn);
 
+/*
+ * The leaf entries of the 2 MiB around gfn, and the table's page; NULL: there is no such table, `above` is the entry
+ * of `level` that covers all of it, or none. Inside a read section.
+ */
+entry_t *table_leaves(const struct mm *mm, gfn_t gfn, pfn_t *table, entry_t **above, unsigned *level);
+
 /* The page of the table that holds the entry for gfn, and the entry's slot; PFN_NONE: a table is missing. */
 pfn_t table_holding(const struct mm *mm, gfn_t gfn, entry_t **slot, unsigned *level);
 

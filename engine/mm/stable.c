@@ -55,8 +55,8 @@ static void table_resize(struct host *h, struct stable_table *t)
 
 	if (!bucket)
 		return;
-	t->bucket = bucket;
-	t->buckets = 2 * n;
+	WRITE_ONCE(t->bucket, bucket);
+	WRITE_ONCE(t->buckets, 2 * n);
 	for (uint64_t i = 0; i < n; i++) {
 		for (struct stable *s = old[i], *next; s; s = next) {
 			struct stable **b = bucket_of(t, s->domain, s->hash);
@@ -77,42 +77,71 @@ struct stable *stable_alloc(struct host *h, uint32_t domain, uint64_t hash)
 		return NULL;
 	s->domain = domain;
 	s->hash = hash;
-	if (stable_reserve(h, s, 2)) {
-		env_free(h->env, s, sizeof(*s));
-		return NULL;
-	}
+	s->chain = s->first;
+	s->room = STABLE_FIRST;
 	return s;
+}
+
+static void chain_free(struct host *h, uint64_t *chain, uint32_t room)
+{
+	if (room > STABLE_FIRST)
+		env_free(h->env, chain, room * sizeof(*chain));
 }
 
 void stable_free(struct host *h, struct stable *s)
 {
 	if (!s)
 		return;
-	env_free(h->env, s->chain, s->room * sizeof(*s->chain));
+	chain_free(h, s->chain, s->room);
 	env_free(h->env, s, sizeof(*s));
 }
 
-int stable_reserve(struct host *h, struct stable *s, unsigned n)
+/* True: there is room, and it is promised. */
+static bool promise(struct stable *s)
 {
-	uint32_t room = s->room ? s->room : 4;
-	uint64_t *chain, *old;
+	if (s->count + s->promised == s->room)
+		return false;
+	s->promised++;
+	return true;
+}
 
-	if (s->count + n <= s->room)
-		return 0;
-	while (room < s->count + n)
-		room *= 2;
-	chain = env_alloc(h->env, room * sizeof(*chain));
-	if (!chain)
-		return -ENOMEM;
+int stable_promise(struct host *h, struct stable *s)
+{
+	uint32_t room = 0, old_room;
+	uint64_t *chain = NULL, *old;
+	bool done;
+
+	for (;;) {
+		lock_take(&h->stable);
+		if (chain && room > s->room) {
+			memcpy(chain, s->chain, s->count * sizeof(*chain));
+			old = s->chain;
+			old_room = s->room;
+			s->chain = chain;
+			WRITE_ONCE(s->room, room);
+			chain = old;
+			room = old_room;
+		}
+		done = promise(s);
+		old_room = s->room;
+		lock_drop(&h->stable);
+		if (chain)
+			chain_free(h, chain, room);
+		if (done)
+			return 0;
+		room = 2 * old_room;
+		chain = env_alloc(h->env, room * sizeof(*chain));
+		if (!chain)
+			return -ENOMEM;
+	}
+}
+
+void stable_give_up(struct host *h, struct stable *s)
+{
 	lock_take(&h->stable);
-	old = s->chain;
-	if (old)
-		memcpy(chain, old, s->count * sizeof(*chain));
-	s->chain = chain;
-	SWAP(room, s->room);
+	kage_assert(s->promised);
+	s->promised--;
 	lock_drop(&h->stable);
-	env_free(h->env, old, room * sizeof(*old));
-	return 0;
 }
 
 void stable_publish(struct host *h, struct stable *s, pfn_t pfn)
@@ -122,7 +151,6 @@ void stable_publish(struct host *h, struct stable *s, pfn_t pfn)
 	struct stable **b;
 
 	s->pfn = pfn;
-	lock_take(&h->stable);
 	if (frame_kind(f) == FRAME_HOME)
 		atomic_fetch_or_explicit(&f->bits, FRAME_WAS_HOME, memory_order_relaxed);
 	frame_set_kind(f, FRAME_STABLE, 0);
@@ -134,15 +162,15 @@ void stable_publish(struct host *h, struct stable *s, pfn_t pfn)
 	*b = s;
 	t->count++;
 	atomic_fetch_add_explicit(&h->stable_frames, 1, memory_order_relaxed);
-	lock_drop(&h->stable);
 }
 
-void stable_chain(struct host *h, struct stable *s, uint64_t where)
+void stable_chain(struct stable *s, uint64_t where)
 {
-	lock_take(&h->stable);
 	kage_assert(s->count < s->room);
-	s->chain[s->count++] = where;
-	lock_drop(&h->stable);
+	s->chain[s->count] = where;
+	WRITE_ONCE(s->count, s->count + 1);
+	if (s->promised)
+		s->promised--; /* a fresh one's first pairs were promised to nobody */
 }
 
 static bool frame_get_unless_zero(struct frame *f)
@@ -157,18 +185,55 @@ static bool frame_get_unless_zero(struct frame *f)
 	return true;
 }
 
-struct stable *stable_get(struct host *h, uint32_t domain, uint64_t hash, unsigned skip)
+struct stable *stable_get(struct host *h, uint32_t domain, uint64_t hash, uint32_t most)
 {
 	struct stable *s;
 
+	if (READ_ONCE(h->stable_frames) == 0)
+		return NULL;
 	lock_take(&h->stable);
-	for (s = *bucket_of(h->stable_table, domain, hash); s; s = s->next)
-		if (s->hash == hash && s->domain == domain && skip-- == 0)
+	for (s = *bucket_of(h->stable_table, domain, hash); s; s = s->next) {
+		struct frame *f = pfn_frame(h->pool, s->pfn);
+
+		/* refs 0: dying, it leaves the table as soon as we drop the lock */
+		if (s->hash == hash && s->domain == domain && READ_ONCE(f->refs) < most && frame_get_unless_zero(f))
 			break;
-	if (s && !frame_get_unless_zero(pfn_frame(h->pool, s->pfn)))
-		s = NULL; /* dying: it leaves the table as soon as we drop the lock */
+	}
 	lock_drop(&h->stable);
 	return s;
+}
+
+struct stable *stable_get_frame(struct host *h, uint32_t domain, pfn_t pfn, uint32_t most)
+{
+	struct frame *f = pfn_frame(h->pool, pfn);
+	struct stable *s = NULL;
+
+	if (frame_kind(f) != FRAME_STABLE)
+		return NULL;
+	lock_take(&h->stable); /* a frame becomes stable under it, and says where its object is until it has died under it */
+	if (READ_ONCE(f->refs) > 0 && READ_ONCE(f->refs) < most) {
+		s = frame_stable(h->pool, pfn);
+		if (s->domain != domain || !frame_get_unless_zero(f))
+			s = NULL;
+	}
+	lock_drop(&h->stable);
+	return s;
+}
+
+void stable_prefetch(struct host *h, uint32_t domain, uint64_t hash)
+{
+	const struct stable_table *t = h->stable_table;
+	struct stable **bucket = READ_ONCE(t->bucket);
+
+	if (READ_ONCE(h->stable_frames))
+		__builtin_prefetch(&bucket[(hash ^ (uint64_t)domain * 0x9e3779b97f4a7c15u) & (READ_ONCE(t->buckets) - 1)]);
+}
+
+bool stable_is_stale(struct host *h, struct stable *s)
+{
+	uint64_t refs = READ_ONCE(pfn_frame(h->pool, s->pfn)->refs);
+
+	return READ_ONCE(s->count) > 2 * refs + 8;
 }
 
 void stable_put(struct host *h, struct stable *s)
@@ -222,21 +287,28 @@ static int where_order(const void *a, const void *b)
 
 void stable_prune(struct host *h, struct stable *s, bool (*keep)(struct host *h, uint64_t where, pfn_t pfn))
 {
-	uint64_t *copy = env_alloc(h->env, s->room * sizeof(*copy));
-	uint32_t n = 0, room = s->room;
-	uint64_t *old;
+	uint32_t n = 0, room = READ_ONCE(s->room), count = 0, pruned = 0;
+	uint64_t *copy = env_alloc(h->env, room * sizeof(*copy));
 
 	if (!copy)
 		return;
-	memcpy(copy, s->chain, s->count * sizeof(*copy)); /* only merging changes a chain, and this is merging */
-	qsort(copy, s->count, sizeof(*copy), where_order);
-	for (uint32_t i = 0; i < s->count; i++)
+	lock_take(&h->stable);
+	if (s->room == room) {
+		count = s->count;
+		pruned = s->pruned;
+		memcpy(copy, s->chain, count * sizeof(*copy));
+	}
+	lock_drop(&h->stable);
+	qsort(copy, count, sizeof(*copy), where_order);
+	for (uint32_t i = 0; i < count; i++)
 		if ((n == 0 || copy[n - 1] != copy[i]) && keep(h, copy[i], s->pfn))
 			copy[n++] = copy[i];
 	lock_take(&h->stable);
-	old = s->chain;
-	s->chain = copy;
-	s->count = n;
+	if (count && s->room == room && s->count == count && s->pruned == pruned) {
+		memcpy(s->chain, copy, n * sizeof(*copy));
+		WRITE_ONCE(s->count, n);
+		s->pruned++;
+	}
 	lock_drop(&h->stable);
-	env_free(h->env, old, room * sizeof(*old));
+	env_free(h->env, copy, room * sizeof(*copy));
 }

@@ -15,22 +15,28 @@
  *      twice the references.
  *  S3  refs goes from 0 to 1 never: stable_get() fails on a dying frame.
  *
- * Locks: host->stable guards table and chains. Chains grow only under merging's own lock.
+ * Locks: host->stable guards table and chains. Several changes may add to a chain at
+ * once: each has reserved room for its own pairs before, which `promised` counts.
  */
 #ifndef KAGE_MM_STABLE_H
 #define KAGE_MM_STABLE_H
 
 #include "mm/mm.h"
 
+#define STABLE_FIRST 5 /* pairs that need no memory of their own: the object fills two cache lines */
+
 struct stable {
 	struct stable *next; /* in its bucket */
 	pfn_t pfn;
 	uint64_t hash;
 	uint32_t domain;
-	uint32_t count, room;
-	uint64_t *chain; /* where-style pairs */
+	uint32_t count, promised, room;
+	uint32_t pruned; /* how often */
+	uint64_t *chain; /* where-style pairs; at first `first` */
 	struct defer_node defer;
+	uint64_t first[STABLE_FIRST];
 };
+_Static_assert(sizeof(struct stable) == 128, "one for each merged frame");
 
 struct stable_table;
 int stable_init(struct host *h);
@@ -39,21 +45,34 @@ void stable_finish(struct host *h);
 /* Allocates the object that makes a frame stable; not visible yet. -ENOMEM. */
 struct stable *stable_alloc(struct host *h, uint32_t domain, uint64_t hash);
 void stable_free(struct host *h, struct stable *s);
-/* Room for n more pairs. -ENOMEM. Merging's lock held. */
-int stable_reserve(struct host *h, struct stable *s, unsigned n);
-/* Publishes: the frame is STABLE from now on. Its refs are already what they must be. */
+/* Room for one more pair, until it is added or given up. -ENOMEM. The caller has a reference. */
+int stable_promise(struct host *h, struct stable *s);
+void stable_give_up(struct host *h, struct stable *s);
+/*
+ * Under host->stable, which a change takes once for all of its pages:
+ * publishes, the frame is STABLE from now on, its refs are already what they must be; and
+ * adds a pair, for which room was promised.
+ */
 void stable_publish(struct host *h, struct stable *s, pfn_t pfn);
-/* Adds a pair; room was reserved. */
-void stable_chain(struct host *h, struct stable *s, uint64_t where);
-/* Finds a stable frame with this hash, `skip` candidates further on, and takes a reference; NULL: none. */
-struct stable *stable_get(struct host *h, uint32_t domain, uint64_t hash, unsigned skip);
+void stable_chain(struct stable *s, uint64_t where);
+/*
+ * Finds a stable frame with this hash that fewer than `most` entries (and others who look) use, and takes a
+ * reference; NULL: none.
+ */
+struct stable *stable_get(struct host *h, uint32_t domain, uint64_t hash, uint32_t most);
+/* The same of a frame, if it is a stable one of the domain. Inside a read section. */
+struct stable *stable_get_frame(struct host *h, uint32_t domain, pfn_t pfn, uint32_t most);
+/* Brings the bucket near. */
+void stable_prefetch(struct host *h, uint32_t domain, uint64_t hash);
 /* Drops a reference of stable_get(); the last one releases the frame. */
 void stable_put(struct host *h, struct stable *s);
 /* The last entry is gone: out of the table; the object is freed after a grace period. */
 void stable_die(struct host *h, pfn_t pfn);
 /* Calls fn for every stable frame. host->stable is held: fn takes no lock. */
 void stable_each(struct host *h, void (*fn)(struct stable *s, void *arg), void *arg);
-/* Keeps the pairs for which keep() says so, once each. Merging's lock held. */
+/* Its chain is mostly of pairs that find nothing any more. The caller has a reference. */
+bool stable_is_stale(struct host *h, struct stable *s);
+/* Keeps the pairs for which keep() says so, once each; unless the chain grows meanwhile. The caller has a reference. */
 void stable_prune(struct host *h, struct stable *s, bool (*keep)(struct host *h, uint64_t where, pfn_t pfn));
 
 static inline struct stable *frame_stable(const struct pool *pool, pfn_t pfn)

@@ -164,7 +164,7 @@ static void add_stable(struct stable *s, void *arg)
 
 	sh->shared++;
 	sh->sharing += refs ? refs - 1 : 0;
-	sh->chain += sizeof(*s) + s->room * sizeof(*s->chain);
+	sh->chain += sizeof(*s) + (s->room > STABLE_FIRST ? s->room * sizeof(*s->chain) : 0);
 }
 
 static void add_merge(struct host *h, struct merge *m, struct kage_stats *out)
@@ -175,13 +175,13 @@ static void add_merge(struct host *h, struct merge *m, struct kage_stats *out)
 	out->ksm_pages_shared = sh.shared;
 	out->ksm_pages_sharing = sh.sharing;
 	out->ksm_zero_pages = out->pages_zero;
-	out->ksm_pages_unshared = READ_ONCE(m->candidates.count);
+	out->ksm_pages_unshared = candidates_count(&m->candidates, h->pool);
 	out->ksm_pages_volatile = atomic_load(&m->volatiles);
 	out->ksm_pages_skipped = atomic_load(&m->skipped);
 	out->ksm_full_scans = atomic_load(&m->passes);
 	out->ksm_pages_scanned = atomic_load(&m->scanned);
 	out->ksm_general_profit = (int64_t)((sh.sharing + out->pages_zero) * PAGE_SIZE) - (int64_t)sh.chain -
-				  (int64_t)(out->ksm_pages_unshared * sizeof(struct candidate));
+				  (int64_t)(READ_ONCE(m->candidates.slots) * sizeof(struct candidate));
 }
 
 static void add_pool(struct host *h, struct kage_stats *out)
