@@ -435,8 +435,11 @@ static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *m
 			pass_done(m);
 	}
 	lock_drop(&m->lock);
-	if (w.chunk) {
+	if (w.chunk)
 		n = work_do(s, &w, limit);
+	if (w.mm)
+		brlock_read_drop(&w.mm->family->lock, w.held);
+	if (w.chunk) { /* the gate keeps it */
 		lock_take(&m->lock);
 		w.chunk->taken = false;
 		m->taken--;
@@ -444,8 +447,6 @@ static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *m
 			m->chunk = MIN(m->chunk, w.chunk->index); /* not even begun */
 		lock_drop(&m->lock);
 	}
-	if (w.mm)
-		brlock_read_drop(&w.mm->family->lock, w.held);
 	brlock_read_drop(&m->host->lock, host);
 	brlock_read_drop(&m->gate, gate);
 	*spent += n > 0 ? (uint64_t)n : 0;

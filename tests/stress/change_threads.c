@@ -18,7 +18,7 @@ static uint64_t audits_due(uint64_t steps)
 
 void *merge_thread(void *arg)
 {
-	struct rng rng = rng_seed(world.seed + 100);
+	struct rng rng = rng_seed(world.seed + 100 + (uintptr_t)arg);
 	struct kage_progress p = {.size = sizeof(p)};
 
 	for (uint64_t n = 0; !stopped(); n++) {

@@ -80,7 +80,7 @@ static void run_threads(void)
 		void *(*fn)(void *arg);
 		unsigned n;
 	} kinds[] = {
-	    {worker_thread, WORKERS}, {merge_thread, 1},  {clone_thread, 1},
+	    {worker_thread, WORKERS}, {merge_thread, 2},  {clone_thread, 1},
 	    {churn_thread, GUESTS},   {notify_thread, 1}, {dirty_thread, 1},
 	};
 	pthread_t thread[16];
