@@ -16,6 +16,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <kage/kage.h>
+#include <kage/kvm.h>
+
 #include "../common/leak.h"
 #include "payload.h"
 
@@ -713,6 +716,106 @@ END_TEST
 
 /* -- clones ------------------------------------------------------------------------------------------ */
 
+/* Reads find 1, 2, 3 …; writes are added up. One access of the parent's lasts until somebody wants the guest to rest. */
+struct holding {
+	_Atomic uint64_t accesses, sum;
+	_Atomic int held; /* that one has begun */
+};
+
+#define HELD	 3
+#define ACCESSES 5
+
+static int holding_access(struct vmm_vcpu *vcpu, void *opaque, uint64_t offset, void *data, unsigned size, bool write)
+{
+	struct holding *h = opaque;
+	struct vmm *vmm = vcpu->vmm;
+	uint64_t n = atomic_fetch_add(&h->accesses, 1) + 1, value = 0;
+
+	if (write) {
+		memcpy(&value, data, size);
+		atomic_fetch_add(&h->sum, value);
+	} else {
+		memcpy(data, &n, size);
+	}
+	if (n == HELD && !atomic_exchange(&h->held, 1))
+		for (unsigned parks = 0; !parks; sleep_ms(1)) {
+			pthread_mutex_lock(&vmm->lock);
+			parks = vmm->parks;
+			pthread_mutex_unlock(&vmm->lock);
+		}
+	return VMM_CONTINUE;
+}
+
+static void *clone_holding(void *opaque, struct vmm *parent)
+{
+	const struct holding *h = opaque;
+	struct holding *copy = calloc(1, sizeof(*copy));
+
+	if (copy != NULL)
+		*copy = (struct holding){h->accesses, h->sum, h->held};
+	return copy;
+}
+
+/* It had all accesses, each once, with what the other side of it wanted. */
+static void check_holding(struct vmm *vmm, bool write)
+{
+	const struct holding *h = NULL;
+	const uint64_t all = ACCESSES * (ACCESSES + 1) / 2;
+
+	ok(vmm_wait(vmm, TIMEOUT_MS));
+	for (unsigned i = 0; i < vmm->devices; i++)
+		if (vmm->device[i].access == holding_access)
+			h = vmm->device[i].opaque;
+	ck_assert_ptr_nonnull(h);
+	is(payload_peek(vmm, 0, done), 1);
+	is(h->accesses, ACCESSES);
+	is(h->sum, write ? all : 0);
+	is(payload_peek(vmm, 0, checksum), write ? 0 : all);
+}
+
+/*
+ * The clone is asked for while an access of the guest's waits for its device (ports and memory, both ways): KVM completes it
+ * before state is taken (Documentation/virt/kvm/api.rst, KVM_RUN, immediate_exit), so neither side repeats or loses it.
+ */
+START_TEST(cloned_in_an_access)
+{
+	static const uint64_t modes[] = {PAYLOAD_OUT, PAYLOAD_IN, PAYLOAD_MMIO_WRITE, PAYLOAD_MMIO_READ};
+	const uint64_t mode = modes[_i % 4];
+	const bool write = mode == PAYLOAD_OUT || mode == PAYLOAD_MMIO_WRITE;
+	const struct vmm_region region = {0, RAM};
+	struct holding *h = calloc(1, sizeof(*h));
+	struct vmm_device device = {VMM_MMIO, RAM, 64, holding_access, clone_holding, free, h};
+	struct vmm_config config = {0};
+	struct kage_engine *engine = NULL;
+	struct vmm *vmm, *child;
+
+	if (_i >= 4) {
+		ok(kage_engine_create(KAGE_CFG(kage_engine_config, .backing = KAGE_BACKING_MEMFD), &engine));
+		ok(vmm_ram_kage(engine, &region, 1, NULL, &config.ram));
+	}
+	vmm = make_with(config, 1, &large);
+	if (mode == PAYLOAD_OUT || mode == PAYLOAD_IN) {
+		device.space = PAYLOAD_SPACE;
+		device.base = PAYLOAD_PORTS + PAYLOAD_PORT_VALUE;
+		device.len = 4;
+	}
+	ok(vmm_add_device(vmm, &device));
+	vmm->device[vmm->devices - 1] = vmm->device[0]; /* the first that fits answers: before the payload's own port */
+	vmm->device[0] = device;
+	put(vmm, 0, (struct payload_mailbox){.program = PAYLOAD_HYPERCALL, .base = RAM, .iterations = ACCESSES, .seed = 1,
+					     .mode = mode, .go = 1});
+	ok(vmm_start(vmm));
+	while (!h->held)
+		sleep_ms(1);
+	ok(vmm_clone(vmm, NULL, &child));
+	check_holding(vmm, write);
+	check_holding(child, write);
+	vmm_destroy(vmm);
+	vmm_destroy(child);
+	ok(kage_engine_destroy(engine));
+}
+END_TEST
+
 /* Each of the one before and of the first, all running; every guest verifies its own past. */
 START_TEST(clones)
 {
@@ -959,6 +1062,7 @@ static Suite *suite(void)
 	tcase_add_test(state, save_needs_rest);
 	tcase_add_test(state, stopped_in_an_access);
 	tcase_add_loop_test(clone, clones, 0, 2);
+	tcase_add_loop_test(clone, cloned_in_an_access, 0, 8);
 	tcase_add_test(clone, paused_clone);
 	tcase_add_loop_test(clone, failed_clone, 0, 2);
 	tcase_add_test(rest, serial);
