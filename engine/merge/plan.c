@@ -430,12 +430,22 @@ static void page_prefetch(struct pool *pool, const struct run_page *p)
 	}
 }
 
+/* Before contents are compared (X3 of mm/access.c): no pin begins before the end, and what one stored is seen. */
+static bool page_pinned(struct pool *pool, const struct run_page *p)
+{
+	bool pinned = frame_pins(pfn_frame(pool, p->from)) || frame_pins(pfn_frame(pool, p->into));
+
+	atomic_thread_fence(memory_order_acquire);
+	return pinned;
+}
+
 /* Two pages that are equal have one hash: it is taken of the one that is near now. */
 static void page_compare(struct plan *pl, struct run_page *p)
 {
 	struct pool *pool = pl->h->pool;
 
-	if (!page_mapped(&pl->from, pl->r, p) || (p->to == RUN_FRESH && !page_mapped(&pl->into, pl->r, p))) {
+	if (!page_mapped(&pl->from, pl->r, p) || (p->to == RUN_FRESH && !page_mapped(&pl->into, pl->r, p)) ||
+	    page_pinned(pool, p)) {
 		page_drop(p, RUN_RACED);
 		return;
 	}

@@ -11,13 +11,14 @@
  * Invariants:
  *  X1  a thread that holds a reader section does nothing but copy.
  *  X2  frame pins > 0 only on exclusive frames of ranges in mm->pins.
- *  X3  a pinned page keeps its frame until it is unpinned. A pin is taken under the table lock of its entry, when that makes
- *      the frame the guest's alone, and (mirror) the window shows it. Who would give the page another frame sees it:
+ *  X3  a pinned page keeps its frame until it is unpinned. A pin is taken in a hold, when the entry makes the frame the
+ *      guest's alone, and (mirror) the window shows it. So none begins between a change's start and its end, and who
+ *      looks at the pins after start, before contents are read, misses no store of one that has ended either:
  *
  *        COW break            its entry has no W: who pins sets it first, and the recheck finds another entry
- *        adoption, widening   adopt_recheck() looks at the pins, under the same lock. What it put in place is shown
- *                             from its end on; where the host had no mapping, nobody has pinned what goes back
- *        merging              plan_recheck() (merge/plan.c), under the locks of both sides
+ *        adoption, widening   adopt_inspect(). What it put in place is shown from its end on; where the host had no
+ *                             mapping, nobody has pinned what goes back
+ *        merging              page_compare() (merge/plan.c)
  *        discard, unmap       mm->range for writing, no pin can come; zap_prepare() refuses what is pinned
  *        clone                the same; pinned pages are copied for the child (K2 of clone.c), and not frozen (K4)
  *        attach, detach       the same, and adoption
@@ -349,25 +350,35 @@ static bool window_shows(struct mm *mm, gfn_t gfn, pfn_t pfn)
 	return !mm->mirror || mm->mirror->ops->shows(mm->mirror, gfn, pfn);
 }
 
-/* Pins the frame of one page if the entry still makes it exclusive. */
-static int pin_page(struct mm *mm, gfn_t gfn, struct brlock_held held, pfn_t *out)
+/* Pins the frame of a page that is held, if the entry still makes it exclusive. */
+static int pin_held(struct mm *mm, gfn_t gfn, pfn_t pfn)
 {
-	struct mm_fault f = { .gfn = gfn, .unshare = true };
-	struct table_locked w;
+	struct table_locked w = table_lock(mm->family, 0, gfn);
 	struct mm_lookup l;
-	int r = mm_fault_held(mm, &f, held);
+	int r;
 
-	if (r)
-		return r;
-	w = table_lock(mm->family, 0, gfn);
 	rcu_enter();
 	l = mm_lookup(mm, gfn);
 	rcu_leave();
-	if (!entry_is_leaf(l.entry) || !l.writable || !pfn_eq(l.pfn, f.pfn) || !window_shows(mm, gfn, l.pfn))
+	if (!entry_is_leaf(l.entry) || !l.writable || !pfn_eq(l.pfn, pfn) || !window_shows(mm, gfn, pfn))
 		r = KAGE_RETRY;
 	else
-		r = frame_pin(pfn_frame(mm->host->pool, l.pfn));
+		r = frame_pin(pfn_frame(mm->host->pool, pfn));
 	table_unlock(w);
+	return r;
+}
+
+/* X3. Waits for the end of changes in flight: whoever is in one needs no mm->range to come to it. */
+static int pin_page(struct mm *mm, gfn_t gfn, struct notify_reader *reader, struct brlock_held held, pfn_t *out)
+{
+	struct mm_fault f = { .gfn = gfn, .unshare = true, .reader = reader };
+	int r;
+
+	notify_read_begin(reader, gfn, gfn_add(gfn, 1));
+	r = mm_fault_held(mm, &f, held);
+	if (r == KAGE_OK)
+		r = notify_read_hold(reader) ? pin_held(mm, gfn, f.pfn) : KAGE_RETRY;
+	notify_read_end(reader);
 	*out = f.pfn;
 	return r;
 }
@@ -411,7 +422,7 @@ static int pin_check(struct mm *mm, gfn_t gfn, uint64_t npages)
 
 /* Pins page by page; undoes it all on failure. */
 static int pin_pages(struct mm *mm, gfn_t gfn, uint64_t npages, struct iovec *iov, unsigned *used, unsigned room,
-		     struct brlock_held held)
+		     struct notify_reader *reader, struct brlock_held held)
 {
 	uint64_t done = 0;
 	int r = 0;
@@ -419,7 +430,7 @@ static int pin_pages(struct mm *mm, gfn_t gfn, uint64_t npages, struct iovec *io
 	while (r == 0 && done < npages) {
 		pfn_t pfn;
 
-		r = pin_page(mm, gfn_add(gfn, done), held, &pfn);
+		r = pin_page(mm, gfn_add(gfn, done), reader, held, &pfn);
 		if (r == KAGE_RETRY) {
 			sched_yield();
 			r = 0;
@@ -438,17 +449,23 @@ static int pin_pages(struct mm *mm, gfn_t gfn, uint64_t npages, struct iovec *io
 int mm_pin(struct mm *mm, gfn_t gfn, uint64_t npages, struct iovec *iov, unsigned *n)
 {
 	struct pin *fresh = env_alloc(mm->host->env, sizeof(*fresh)), *p;
+	struct notify_reader reader;
 	struct brlock_held held;
 	unsigned used = 0;
 	int r;
 
 	if (!fresh)
 		return -ENOMEM;
+	r = notify_reader_attach(&mm->notify, &reader);
+	if (r) {
+		env_free(mm->host->env, fresh, sizeof(*fresh));
+		return r;
+	}
 	*fresh = (struct pin){ .gfn = gfn, .npages = npages };
 	held = brlock_read(&mm->range);
 	r = pin_check(mm, gfn, npages);
 	if (r == 0)
-		r = pin_pages(mm, gfn, npages, iov, &used, *n, held);
+		r = pin_pages(mm, gfn, npages, iov, &used, *n, &reader, held);
 	if (r == 0) {
 		lock_take(&mm->pin_lock);
 		p = pin_find(mm, gfn, npages);
@@ -461,6 +478,7 @@ int mm_pin(struct mm *mm, gfn_t gfn, uint64_t npages, struct iovec *iov, unsigne
 		*n = used;
 	}
 	brlock_read_drop(&mm->range, held);
+	notify_reader_detach(&reader);
 	env_free(mm->host->env, fresh, sizeof(*fresh));
 	return r;
 }

@@ -18,7 +18,7 @@
  * Invariants:
  *  A1  sources are read between start and end: the mirror has blocked writes, so
  *      what is copied is what the guest has until the mapping is replaced.
- *  A2  an entry that has changed between prepare and commit abandons all of it, and so does a pin that was taken (access.c, X3).
+ *  A2  an entry that has changed between prepare and commit abandons all of it, and so does a pin that was taken before start (access.c, X3).
  *
  *      adopting                             merging (the same page)
  *      start waits ────────────────────────► its end: a mirror lets overlapping
@@ -420,6 +420,18 @@ static bool adopt_unchanged(const struct adopt *a)
 	return true;
 }
 
+/* X3 of access.c: a frame that would move is pinned since prepare. Whoever has unpinned one has stored what the copy gets. */
+static bool adopt_pinned(const struct adopt *a)
+{
+	bool pinned = false;
+
+	for_each_bit(i, a->map)
+		pinned |= !bit_test(a->own, i) && entry_is_leaf(a->old[i]) && !(a->old[i] & ENTRY_SPECIAL) &&
+			  frame_pins(pfn_frame(a->target.mm->host->pool, entry_pfn(a->old[i]))) != 0;
+	atomic_thread_fence(memory_order_acquire);
+	return pinned;
+}
+
 /* A1: writes are blocked here. */
 static int adopt_inspect(struct change *c)
 {
@@ -429,7 +441,7 @@ static int adopt_inspect(struct change *c)
 
 	m->ops->diverged(m, a->base, BLOCK_PAGES, diverged);
 	rcu_enter(); /* frames that entries still have now stay readable, even if merging takes them away meanwhile */
-	if (!adopt_unchanged(a)) {
+	if (!adopt_unchanged(a) || adopt_pinned(a)) {
 		rcu_leave();
 		return -EAGAIN;
 	}
@@ -460,21 +472,11 @@ static void adopt_unlock(struct change *c)
 	lock_drop(table_lock_of(a->target.mm->family, 0, a->base));
 }
 
-/* X3 of access.c: a frame that would move has been pinned since prepare. Its table lock is held, as by who pins. */
-static bool adopt_pinned(const struct adopt *a)
-{
-	for_each_bit(i, a->map)
-		if (!bit_test(a->own, i) && entry_is_leaf(a->old[i]) && !(a->old[i] & ENTRY_SPECIAL) &&
-		    frame_pins(pfn_frame(a->target.mm->host->pool, entry_pfn(a->old[i]))))
-			return true;
-	return false;
-}
-
 static int adopt_recheck(struct change *c)
 {
 	struct adopt *a = container_of(c, struct adopt, c);
 
-	if (!adopt_unchanged(a) || adopt_pinned(a))
+	if (!adopt_unchanged(a))
 		return -EAGAIN;
 	for_each_bit(i, a->own) /* without W they look the same after merging has made a frame a stable one, in place */
 		if (!frame_exclusive(a->target.mm->host, a->to[i]))

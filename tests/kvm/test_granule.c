@@ -93,6 +93,21 @@ void *mremap(void *old, size_t old_len, size_t new_len, int flags, ...)
 	return (void *)syscall(SYS_mremap, old, old_len, new_len, flags, to);
 }
 
+/* What happens once the bytes of 2 MiB have been copied home. */
+static void (*copied)(void);
+
+ssize_t pwrite(int fd, const void *buf, size_t len, off_t offset)
+{
+	ssize_t r = syscall(SYS_pwrite64, fd, buf, len, offset);
+	void (*fn)(void) = copied;
+
+	if (fn && r > 1 << 20) {
+		copied = NULL;
+		fn();
+	}
+	return r;
+}
+
 int mprotect(void *addr, size_t len, int prot)
 {
 	look("mprotect", addr, len);
@@ -577,6 +592,49 @@ START_TEST(pins_wait_for_what_is_shown)
 }
 END_TEST
 
+static struct pinner storing;
+
+/* A whole pin, with a store of its device's. */
+static void *store_pinned(void *arg)
+{
+	pinner_main(&storing);
+	*(volatile uint64_t *)storing.iov[0].iov_base = 7;
+	ok(kage_vm_unpin(storing.vm, PAGE, PAGE));
+	return NULL;
+}
+
+static void store_in_between(void)
+{
+	storing.begun = 1;
+	ok(pthread_create(&storing.thread, NULL, store_pinned, NULL));
+	sleep_ms(200);
+}
+
+/* A pin that comes when the bytes have been copied, and is over when the table changes: its store is not lost. */
+START_TEST(pins_that_are_over_are_not_lost)
+{
+	for (unsigned g = 0; g < 3; g++) {
+		struct kage_vm *second;
+		struct bare a;
+
+		granule = (uint32_t)granules[g];
+		engine_up();
+		a = scattered_bare(&second);
+		storing = (struct pinner){.vm = a.vm};
+		copied = store_in_between;
+		is(kage_kvm_reconcile(a.kvm, KAGE_KVM_ADOPT), 0);
+		ck_assert_int_eq(storing.begun, 1);
+		ok(pthread_join(storing.thread, NULL));
+		same(read64(a.vm, PAGE), 7);
+		same(at(&a, PAGE)[0], 7);
+		audit();
+		free_bare(&a);
+		ok(kage_vm_destroy(second));
+		engine_down();
+	}
+}
+END_TEST
+
 /* Pinned while soft, its neighbours elsewhere: refused as documented, and fine once it is unpinned. */
 START_TEST(scattered_pins_are_refused)
 {
@@ -828,6 +886,7 @@ int main(void)
 	add_test(s, pins_stay, 1);
 	add_test(s, pins_hold_back_what_has_begun, 1);
 	add_test(s, pins_wait_for_what_is_shown, 1);
+	add_test(s, pins_that_are_over_are_not_lost, 1);
 	add_test(s, scattered_pins_are_refused, 1);
 	add_test(s, half_fetched_granules, 1);
 	add_test(s, later_is_not_again, 1);
