@@ -417,7 +417,7 @@ static void one_sequence(const struct fg_case *c, uint64_t seed, uint64_t steps,
 
 static void run_format(const struct fg_case *c)
 {
-	uint64_t seed = env_number("KAGE_SEED", 1), sequences = env_number("KAGE_SEQUENCES", 8);
+	uint64_t seed = env_number("KAGE_SEED", 1), sequences = env_number("KAGE_SEQUENCES", 5);
 	uint64_t steps = env_number("KAGE_STEPS", 2000);
 	struct total t = { 0 };
 
