@@ -87,6 +87,7 @@ struct row {
 	double peer_value;
 	enum goal goal;
 	double limit;
+	bool more; /* is better: ratio = value / peer */
 	bool isvoid;
 	char note[320];
 };

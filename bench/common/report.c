@@ -122,7 +122,7 @@ static void json_row(const struct row *r, double ratio, const char *goal, const 
 	fputc(',', json);
 	json_number("peer_value", r->peer_value, peer);
 	fputc(',', json);
-	json_number("ratio", ratio, peer && r->value > 0);
+	json_number("ratio", ratio, peer && ratio > 0);
 	fputc(',', json);
 	json_string("note", note);
 	fputc('}', json);
@@ -149,7 +149,8 @@ void report_skip(const struct row *r)
 
 void report_row(const struct row *r)
 {
-	double ratio = r->value > 0 ? r->peer_value / r->value : 0;
+	double better = r->more ? r->value : r->peer_value, worse = r->more ? r->peer_value : r->value;
+	double ratio = worse > 0 ? better / worse : 0;
 	char goal[64], name[64], peer[24] = "-", times[16] = "-";
 
 	goal_text(r, goal, sizeof(goal));

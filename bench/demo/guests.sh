@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # Makes the guests of the demo: guests.sh BINDIR OUTDIR
 #
-# BINDIR holds kage-demo-qmp and kage-demo-synthetic. In OUTDIR it leaves, for N = 1, 2, 3,
+# BINDIR holds kage-demo-qmp and kage-demo-synthetic. In OUTDIR it leaves, for N = 1, 2, 3 (and more, see below),
 #   guestN.ram     guest physical memory from address 0 (below 3 GiB the PC's RAM is flat)
 #   guestN.regs    cr0, cr3, cr4, efer of CPU 0 while it is stopped in the kernel
 #   guestN.sha256  sha256sum of guestN.ram, taken while the guest was stopped
@@ -13,6 +13,7 @@
 # an error. Environment:
 #   KAGE_DEMO_SYNTHETIC  1: synthetic without trying; never: fail instead
 #   KAGE_DEMO_MIB        size of a guest, default 160
+#   KAGE_DEMO_GUESTS     how many, 3 to 9, default 3: those from the fourth on are as the first is
 set -u
 
 bin=$1
@@ -20,7 +21,8 @@ out=$2
 here=$(cd "$(dirname "$0")" && pwd)
 mib=${KAGE_DEMO_MIB:-160}
 mode=${KAGE_DEMO_SYNTHETIC:-}
-count=3
+count=${KAGE_DEMO_GUESTS:-3}
+all=$(seq "$count")
 limit=120 # seconds until a guest must be ready
 tmp=
 
@@ -30,7 +32,7 @@ since() { echo $((($(now) - $1) / 1000000)); }
 
 # The QEMUs are this script's own children: nothing of them outlives it.
 stop_all() {
-	for i in 1 2 3; do
+	for i in $all; do
 		eval "pid=\${pid$i:-}"
 		[ -n "$pid" ] || continue
 		kill "$pid" 2>/dev/null
@@ -179,8 +181,8 @@ release=$(cat "$kernel/release")
 
 say "booting $count guests of $mib MiB, Debian kernel $release, QEMU TCG"
 t0=$(now)
-for i in 1 2 3; do start_guest $i; done
-for i in 1 2 3; do
+for i in $all; do start_guest $i; done
+for i in $all; do
 	wait_ready $i && stop_guest $i && take_guest $i || fail "$why"
 done
 echo "qemu: $count Debian guests, kernel $release, $(qemu-system-x86_64 --version | sed -n '1s/ (.*//p')" >"$out/how"

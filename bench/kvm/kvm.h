@@ -43,6 +43,7 @@ void ram_settle(struct vmm_ram *ram);
 
 struct subject {
 	struct kage_engine *engine; /* NULL: a peer */
+	bool shares;		    /* the engine is another subject's */
 	struct vmm *vmm;
 	uint64_t bytes, base; /* RAM; the first page that a row may use */
 	double begin, end;    /* CPU of the vCPU's thread at the last GUEST_PORT_BEGIN and _END */
@@ -59,6 +60,8 @@ struct subject {
 
 /* On Kage's memory, native policy. Heap-allocated, since callbacks know it. */
 struct subject *subject_kage(uint64_t bytes);
+/* In the engine of another one, which is destroyed after it. Costs are those of the last subject made. */
+struct subject *subject_kage_beside(const struct subject *other, uint64_t bytes);
 struct subject *subject_plain(enum ram_kind kind, uint64_t bytes);
 void subject_destroy(struct subject *s);
 struct kage_vm *subject_vm(const struct subject *s);

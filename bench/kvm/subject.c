@@ -136,18 +136,32 @@ static void say(void *opaque, int level, const char *line)
 		fprintf(stderr, "kage: %s\n", line);
 }
 
-struct subject *subject_kage(uint64_t bytes)
+static struct subject *subject_of(struct kage_engine *engine, uint64_t bytes)
 {
 	const struct vmm_region region = {.gpa = 0, .len = bytes};
 	const struct kage_kvm_config kvm = {.policy = KAGE_KVM_NATIVE, .set_slot = timed_slot};
-	struct kage_engine *engine;
 	struct vmm_ram *ram;
+
+	must(vmm_ram_kage(engine, &region, 1, &kvm, &ram), "guest memory");
+	return subject_create(engine, ram, bytes);
+}
+
+struct subject *subject_kage(uint64_t bytes)
+{
+	struct kage_engine *engine;
 
 	must(kage_engine_create(KAGE_CFG(kage_engine_config, .backing = KAGE_BACKING_MEMFD, .log = say),
 				&engine),
 	     "engine");
-	must(vmm_ram_kage(engine, &region, 1, &kvm, &ram), "guest memory");
-	return subject_create(engine, ram, bytes);
+	return subject_of(engine, bytes);
+}
+
+struct subject *subject_kage_beside(const struct subject *other, uint64_t bytes)
+{
+	struct subject *s = subject_of(other->engine, bytes);
+
+	s->shares = true;
+	return s;
 }
 
 struct subject *subject_plain(enum ram_kind kind, uint64_t bytes)
@@ -158,7 +172,7 @@ struct subject *subject_plain(enum ram_kind kind, uint64_t bytes)
 void subject_destroy(struct subject *s)
 {
 	vmm_destroy(s->vmm);
-	if (s->engine) {
+	if (s->engine && !s->shares) {
 		subject_settle(s);
 		must(kage_engine_destroy(s->engine), "engine destroy");
 	}

@@ -38,7 +38,7 @@
 
 /* In the order of putting them back: `run` last. */
 static const char *const setting[] = {"sleep_millisecs", "pages_to_scan", "use_zero_pages", "run"};
-static char saved[LENGTH(setting)][32];
+static char setting_was[LENGTH(setting)][32];
 static int ksmd_stat = -1, guard_fd = -1, lock_fd = -1;
 static pid_t guard;
 
@@ -179,9 +179,10 @@ static void guard_settings(int fd)
 	setsid();
 	while (read(fd, &byte, 1) < 0 && errno == EINTR)
 		;
-	put_text("run", "2"); /* what the other one left, if it left something */
+	if (get("pages_shared") || get("pages_unshared"))
+		put_text("run", "2"); /* K3 */
 	for (unsigned i = 0; i < LENGTH(setting); i++)
-		put_text(setting[i], saved[i]);
+		put_text(setting[i], setting_was[i]);
 	_exit(0);
 }
 
@@ -190,7 +191,7 @@ static bool start_guard(void)
 	int fd[2];
 
 	for (unsigned i = 0; i < LENGTH(setting); i++)
-		if (!get_text(setting[i], saved[i], sizeof(saved[i])))
+		if (!get_text(setting[i], setting_was[i], sizeof(setting_was[i])))
 			return false;
 	if (pipe2(fd, O_CLOEXEC))
 		return false;
@@ -220,7 +221,6 @@ const char *ksm_open(void)
 		return "ksmd is in use: echo 2 >" DIR_KSM "run, if nobody needs it";
 	if (!start_guard())
 		return "the settings of ksmd cannot be saved";
-	put("run", "2");
 	put("sleep_millisecs", "0");
 	put("pages_to_scan", BATCH);
 	if (!put_text("use_zero_pages", "1"))
@@ -262,36 +262,74 @@ void ksm_stop(void)
 	put("run", "0");
 }
 
+bool ksm_clean(void)
+{
+	put("run", "2");
+	ksm_stop();
+	return !others();
+}
+
 /* -- the same contents ------------------------------------------------------------------ */
+
+static void add(struct theirs *t, unsigned g)
+{
+	const struct contents *c = &t->contents;
+	uint64_t bytes = c->pages * PAGE;
+	char *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), page[PAGE];
+
+	t->p[g] = must_map(p, "mmap");
+	/* It would have to split huge pages: spare it that. */
+	must(madvise(p, bytes, MADV_NOHUGEPAGE) ? -errno : 0, "MADV_NOHUGEPAGE");
+	for (uint64_t i = 0; i < c->pages; i++)
+		if (contents_page(c, g, i, page))
+			memcpy(p + i * PAGE, page, PAGE);
+	must(madvise(p, bytes, MADV_MERGEABLE) ? -errno : 0, "MADV_MERGEABLE");
+}
 
 void theirs_create(struct theirs *t, const struct contents *c)
 {
-	uint64_t bytes = c->pages * PAGE;
-
 	*t = (struct theirs){.contents = *c};
-	for (unsigned g = 0; g < c->guests; g++) {
-		t->p[g] = must_map(
-		    mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), "mmap");
-		/* It would have to split huge pages: spare it that. */
-		must(madvise(t->p[g], bytes, MADV_NOHUGEPAGE) ? -errno : 0, "MADV_NOHUGEPAGE");
-		for (uint64_t page = 0; page < c->pages; page++)
-			page_fill(t->p[g] + page * PAGE, c->key(c, g, page));
-		must(madvise(t->p[g], bytes, MADV_MERGEABLE) ? -errno : 0, "MADV_MERGEABLE");
-	}
+	for (unsigned g = 0; g < c->guests; g++)
+		add(t, g);
+}
+
+void theirs_add(struct theirs *t)
+{
+	add(t, t->contents.guests++);
 }
 
 void theirs_destroy(struct theirs *t)
 {
 	for (unsigned g = 0; g < t->contents.guests; g++)
 		munmap(t->p[g], t->contents.pages * PAGE);
-	put("run", "2");
-	ksm_stop();
+	ksm_clean();
+}
+
+/* Whether ksmd has come to the end: of so many passes; of what there is to share; or nothing new for two
+ * passes. */
+static bool finished(const struct theirs *t, struct run *r, unsigned passes, uint64_t saved)
+{
+	uint64_t goal = t->contents.distinct;
+
+	if (passes)
+		return r->passes >= passes;
+	if (goal)
+		return saved >= contents_nominal(&t->contents) - goal;
+	if (saved != r->seen) {
+		r->seen = saved;
+		r->seen_pass = r->passes;
+	}
+	return saved && r->passes >= r->seen_pass + 3; /* the one it happened in, and two whole ones */
+}
+
+static uint64_t saved_since(const struct ksm_counts *now, const struct ksm_counts *first)
+{
+	return now->sharing + now->zero - first->zero;
 }
 
 void theirs_merge(struct theirs *t, unsigned passes, struct run *r)
 {
-	const struct contents *c = &t->contents;
-	uint64_t nominal = contents_nominal(c), most = 0;
+	uint64_t nominal = contents_nominal(&t->contents), most = 0;
 	struct ksm_counts first = ksm_counts(), now;
 	double begin = wall_ns();
 
@@ -304,14 +342,15 @@ void theirs_merge(struct theirs *t, unsigned passes, struct run *r)
 		r->wall = wall_ns() - begin;
 		r->cpu = now.cpu - first.cpu;
 		r->passes = now.full_scans - first.full_scans;
-		trace_add(&r->trace, r->wall, r->cpu, now.sharing + now.zero - first.zero);
+		trace_add(&r->trace, r->wall, r->cpu, saved_since(&now, &first));
 		if (now.shared + now.sharing + now.unshared > most)
 			most = now.shared + now.sharing + now.unshared;
-	} while (r->wall < TIMEOUT_NS &&
-		 (passes ? r->passes < passes : now.sharing + now.zero - first.zero < nominal - c->distinct));
+	} while (r->wall < TIMEOUT_NS && !finished(t, r, passes, saved_since(&now, &first)));
 	ksm_stop();
 	now = ksm_counts();
-	r->frames = nominal - now.sharing - (now.zero - first.zero);
+	r->frames = nominal - saved_since(&now, &first);
+	if (!passes && !t->contents.distinct) /* it had been there long before that was known */
+		r->cpu = trace_reach(&r->trace, 0.999 * (double)saved_since(&now, &first))->cpu;
 	run_check(r, r->wall < TIMEOUT_NS, "ksmd did not come to an end");
 	/* K2 */
 	run_check(r, now.shared + now.sharing + now.unshared <= nominal && !others(),
@@ -348,6 +387,6 @@ void theirs_check(const struct theirs *t, struct run *r)
 
 	for (unsigned g = 0; g < c->guests; g++)
 		for (uint64_t page = 0; page < c->pages; page++)
-			wrong += !page_is(t->p[g] + page * PAGE, c->key(c, g, page));
+			wrong += !contents_is(c, g, page, t->p[g] + page * PAGE);
 	run_check(r, wrong == 0, "ksmd's pages hold something else");
 }

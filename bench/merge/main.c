@@ -2,10 +2,12 @@
 /*
  * kage-bench-merge: merging against the running kernel's ksmd.
  *
- *   kage-bench-merge [--quick] [--alone | --smoke] [--case NAME] [--json FILE] [suite...]
+ *   kage-bench-merge [--quick] [--alone | --smoke] [--case NAME] [--guests DIR] [--plots DIR] [--json FILE]
+ * [suite...]
  *
  * --alone: without ksmd. --smoke: that, with a few MiB and one repetition, to see that
- * rows work. --case: only the rows of one case. Exit: 0; 1 if a row was
+ * rows work. --case: only the rows of one case. --guests: where guestN.ram are.
+ * --plots: where pictures go. Exit: 0; 1 if a row was
  * void; 2 if the machine cannot run it or the options are wrong.
  */
 #include <string.h>
@@ -13,6 +15,17 @@
 #include "merge.h"
 
 struct form form;
+
+#ifndef BENCH_KVM
+void bench_merge_kvm(const struct bench *b)
+{
+	static const char *const names[] = {"kvm", "kvm-guest-merging", "kvm-guest-passes", "cow-break-kvm",
+					    NULL};
+
+	if (!skip_case(names))
+		skip_because(names, "built without the VMM of tests/vmm (x86-64, KVM headers, -Dtests=true)");
+}
+#endif
 
 /* Takes this program's own options out of argv. */
 static int own_options(int argc, char **argv)
@@ -26,6 +39,10 @@ static int own_options(int argc, char **argv)
 			form.alone = true;
 		else if (!strcmp(argv[i], "--case") && i + 1 < argc)
 			form.only = argv[++i];
+		else if (!strcmp(argv[i], "--plots") && i + 1 < argc)
+			form.plots = argv[++i];
+		else if (!strcmp(argv[i], "--guests") && i + 1 < argc)
+			form.guests = argv[++i];
 		else
 			argv[n++] = argv[i];
 	}
@@ -36,10 +53,9 @@ static int own_options(int argc, char **argv)
 int main(int argc, char **argv)
 {
 	static const struct suite suites[] = {
-	    {"scan", bench_scan},
-	    {"full", bench_full},
-	    {"scattered", bench_scattered},
-	    {"steady", bench_steady},
+	    {"scan", bench_scan},     {"full", bench_full},	  {"scattered", bench_scattered},
+	    {"steady", bench_steady}, {"demo", bench_demo},	  {"cow", bench_cow},
+	    {"kvm", bench_merge_kvm}, {"latency", bench_latency}, {"plots", bench_plots},
 	};
 	int status;
 

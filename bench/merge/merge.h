@@ -7,7 +7,12 @@
  *   ksm.c       the running kernel's ksmd: its settings, its CPU time, the same contents merged by it
  *   rows.c      both sides in turns; when they count as the same
  *   scan.c      first scan of memory that has nothing in common
- *   full.c      equal guests; scattered duplicates; what a write costs afterwards
+ *   full.c      equal guests; scattered duplicates
+ *   cow.c       what a write to a merged page costs
+ *   demo.c      three real guests, and a fourth one
+ *   kvm.c       two running guests of KVM, with what ../kvm has
+ *   latency.c   a guest's writes while it is merged
+ *   plot.c      pictures
  *   steady.c    what a pass costs when nothing, or little, was written
  *
  * Rules of every row:
@@ -34,6 +39,7 @@ struct form {
 	bool alone;	  /* no peer */
 	const char *only; /* the case to run, with the rows that come from it; NULL: all */
 	const char *plots;
+	const char *guests; /* directory of RAM files */
 };
 extern struct form form;
 
@@ -43,9 +49,17 @@ struct contents {
 	unsigned guests;
 	uint64_t pages; /* of each */
 	uint64_t seed;
-	uint64_t (*key)(const struct contents *c, unsigned guest, uint64_t page);
+	uint64_t (*key)(const struct contents *c, unsigned guest, uint64_t page); /* NULL: images */
 	uint64_t *overlay; /* keys of pages that were written since, 0: not; a row's own */
-	uint64_t distinct; /* frames that are left when everything equal is shared */
+	/* frames that are left when everything equal is shared; 0: not known */
+	uint64_t distinct;
+	/* images: their bytes, and a bit for each page that is no hole of its file */
+	const char *image[GUESTS_MAX];
+	uint64_t *present[GUESTS_MAX];
+	uint64_t touched; /* all such pages */
+	/* of Kage's engine and regions */
+	uint64_t reserve;
+	uint32_t flags;
 };
 
 /* No two pages are equal. */
@@ -54,13 +68,18 @@ struct contents contents_unique(unsigned guests, uint64_t bytes);
 struct contents contents_equal(unsigned guests, uint64_t bytes);
 /* One guest; every fourth page or so, at random, equals another one at random. */
 struct contents contents_scattered(uint64_t bytes);
+/* RAM files guest1.ram ... guestN.ram of a directory, as the demo makes them. 0 or -errno. */
+int contents_images(struct contents *c, const char *dir, unsigned guests);
+void contents_free(struct contents *c);
 static inline uint64_t contents_nominal(const struct contents *c)
 {
-	return c->guests * c->pages;
+	return c->key ? c->guests * c->pages : c->touched;
 }
+/* What a page holds; false: it was never touched. */
+bool contents_page(const struct contents *c, unsigned guest, uint64_t page, void *buf);
+bool contents_is(const struct contents *c, unsigned guest, uint64_t page, const void *found);
 
 void page_fill(void *page, uint64_t key);
-bool page_is(const void *page, uint64_t key);
 
 /* -- what a run gives ------------------------------------------------------------------ */
 
@@ -76,6 +95,10 @@ struct trace {
 
 void trace_add(struct trace *t, double wall, double cpu, uint64_t saved);
 void trace_free(struct trace *t);
+/* The first sample in which so much is saved; the last one if none. */
+const struct sample *trace_reach(const struct trace *t, double saved);
+/* The last sample at or before so much CPU. */
+const struct sample *trace_at(const struct trace *t, double cpu);
 
 struct run {
 	bool ok;
@@ -83,6 +106,7 @@ struct run {
 	double wall;
 	uint64_t frames; /* left */
 	uint64_t passes;
+	uint64_t seen, seen_pass;   /* ksmd: saved when last looked, and the pass in which that changed */
 	double pool_free, returned; /* bytes; Kage: kept populated by the pool, given back to the host */
 	struct trace trace;
 };
@@ -100,6 +124,8 @@ struct ours {
 
 void ours_create(struct ours *o, const struct contents *c);
 void ours_destroy(struct ours *o);
+/* One more guest, as the contents have it. */
+void ours_add(struct ours *o);
 /* Steps with merging on until passes find nothing to do. Its CPU time, and what is left. */
 void ours_merge(struct ours *o, struct run *r);
 /* One pass. CPU ns. Adds to *merged and *scanned, which may be NULL. */
@@ -127,6 +153,9 @@ struct ksm_counts {
 struct ksm_counts ksm_counts(void);
 void ksm_start(void);
 void ksm_stop(void);
+/* After this process's mergeable memory has gone: what ksmd knew is dropped. False: others had such memory.
+ */
+bool ksm_clean(void);
 
 /* Anonymous memory with the contents, advised MERGEABLE. */
 struct theirs {
@@ -136,6 +165,7 @@ struct theirs {
 
 void theirs_create(struct theirs *t, const struct contents *c);
 void theirs_destroy(struct theirs *t);
+void theirs_add(struct theirs *t);
 /* Runs ksmd until as much is shared as the contents allow; `passes`: until so many of its passes are done. */
 void theirs_merge(struct theirs *t, unsigned passes, struct run *r);
 /* `warm` passes, then `n` whose CPU time is added to the series, ns a page each. */
@@ -155,8 +185,26 @@ bool same_frames(uint64_t frames, uint64_t expected);
 /* The case is to be left out: another one is asked for, or it needs ksmd and that cannot be measured. Then
  * all its rows, a list that ends with NULL, are reported as skipped, with the reason. */
 bool skip_case(const char *const *names);
+/* The same for another reason; NULL: there is none. */
+bool skip_because(const char *const *names, const char *why);
 /* Median and quartiles of both series into the row, and out with it. */
 void finish_row(struct row *row, const struct series *ours, const struct series *peer);
+
+/* -- latency.c --------------------------------------------------------------------------------- */
+
+#define HIST_FIRST   20.0 /* ns: bucket 0 is less */
+#define HIST_STEPS   4	  /* buckets for a factor of two */
+#define HIST_BUCKETS 96
+
+struct histogram {
+	uint64_t count[HIST_BUCKETS], total;
+	double longest; /* ns */
+};
+
+double histogram_edge(unsigned bucket);
+double histogram_quantile(const struct histogram *h, double q);
+/* Two equal guests are merged while somebody writes to one; the peer's only if there is one. */
+bool latency_measure(const struct contents *c, struct histogram *ours, struct histogram *peer);
 
 /* -- suites --------------------------------------------------------------------------------- */
 
@@ -164,5 +212,10 @@ void bench_scan(const struct bench *b);
 void bench_full(const struct bench *b);
 void bench_scattered(const struct bench *b);
 void bench_steady(const struct bench *b);
+void bench_cow(const struct bench *b);
+void bench_demo(const struct bench *b);
+void bench_merge_kvm(const struct bench *b);
+void bench_latency(const struct bench *b);
+void bench_plots(const struct bench *b);
 
 #endif

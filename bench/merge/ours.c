@@ -14,25 +14,39 @@ static void fill(struct ours *o, unsigned guest)
 	const struct contents *c = &o->contents;
 	char *chunk = must_map(aligned_alloc(PAGE, CHUNK * PAGE), "memory");
 
-	for (uint64_t page = 0; page < c->pages; page += CHUNK) {
-		for (uint64_t i = 0; i < CHUNK; i++)
-			page_fill(chunk + i * PAGE, c->key(c, guest, page + i));
-		must(kage_vm_write(o->vm[guest], page * PAGE, chunk, CHUNK * PAGE), "write");
+	/* as many neighbours at once as there are */
+	for (uint64_t page = 0, n; page < c->pages; page += n ? n : 1) {
+		for (n = 0; n < CHUNK && page + n < c->pages; n++)
+			if (!contents_page(c, guest, page + n, chunk + n * PAGE))
+				break;
+		if (n)
+			must(kage_vm_write(o->vm[guest], page * PAGE, chunk, n * PAGE), "write");
 	}
 	free(chunk);
+}
+
+static void add(struct ours *o, unsigned g)
+{
+	const struct contents *c = &o->contents;
+
+	must(kage_vm_create(o->engine, NULL, &o->vm[g]), "guest");
+	must(kage_vm_map(o->vm[g], KAGE_CFG(kage_region, .len = c->pages * PAGE,
+					    .flags = KAGE_REGION_MERGEABLE | c->flags)),
+	     "region");
+	fill(o, g);
 }
 
 void ours_create(struct ours *o, const struct contents *c)
 {
 	*o = (struct ours){.contents = *c};
-	must(kage_engine_create(NULL, &o->engine), "engine");
-	for (unsigned g = 0; g < c->guests; g++) {
-		must(kage_vm_create(o->engine, NULL, &o->vm[g]), "guest");
-		must(kage_vm_map(o->vm[g], KAGE_CFG(kage_region, .len = c->pages * PAGE,
-						    .flags = KAGE_REGION_MERGEABLE)),
-		     "region");
-		fill(o, g);
-	}
+	must(kage_engine_create(KAGE_CFG(kage_engine_config, .reserve = c->reserve), &o->engine), "engine");
+	for (unsigned g = 0; g < c->guests; g++)
+		add(o, g);
+}
+
+void ours_add(struct ours *o)
+{
+	add(o, o->contents.guests++);
 }
 
 void ours_destroy(struct ours *o)
@@ -144,10 +158,11 @@ void ours_check(const struct ours *o, struct run *r)
 	uint64_t wrong = 0;
 
 	for (unsigned g = 0; g < c->guests; g++)
-		for (uint64_t page = 0; page < c->pages; page += CHUNK) {
-			must(kage_vm_read(o->vm[g], page * PAGE, chunk, CHUNK * PAGE), "read");
-			for (uint64_t i = 0; i < CHUNK; i++)
-				wrong += !page_is(chunk + i * PAGE, c->key(c, g, page + i));
+		for (uint64_t page = 0, n; page < c->pages; page += n) {
+			n = c->pages - page < CHUNK ? c->pages - page : CHUNK;
+			must(kage_vm_read(o->vm[g], page * PAGE, chunk, n * PAGE), "read");
+			for (uint64_t i = 0; i < n; i++)
+				wrong += !contents_is(c, g, page + i, chunk + i * PAGE);
 		}
 	free(chunk);
 	run_check(r, wrong == 0, "Kage's pages hold something else");

@@ -48,19 +48,22 @@ static bool wanted(const char *const *names)
 	return want;
 }
 
-bool skip_case(const char *const *names)
+bool skip_because(const char *const *names, const char *why)
 {
-	const char *why = form.alone ? NULL : no_ksm ? no_ksm : ksm_alone();
-
-	if (!wanted(names))
-		return true;
 	for (; why && *names; names++) {
-		struct row row = {.suite = "merge", .name = *names, .unit = ""};
+		struct row row = {.suite = "merge", .name = *names, .unit = "-"};
 
 		row_note(&row, "%s", why);
 		report_skip(&row);
 	}
 	return why != NULL;
+}
+
+bool skip_case(const char *const *names)
+{
+	if (!wanted(names))
+		return true;
+	return skip_because(names, form.alone ? NULL : no_ksm ? no_ksm : ksm_alone());
 }
 
 void finish_row(struct row *row, const struct series *ours, const struct series *peer)

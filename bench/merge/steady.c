@@ -122,7 +122,7 @@ static void steady_still(const struct bench *b, const char *name, uint64_t bytes
 		 "heard of the writes, and the next",
 		 idle, (unsigned)passes);
 	finish_row(&row, &ours, &peer);
-	free(c.overlay);
+	contents_free(&c);
 }
 
 /* -- some of it is written ------------------------------------------------------------------- */
@@ -221,7 +221,7 @@ static void steady_written(const struct bench *b, uint64_t bytes)
 		 "the same CPU for each page that the pass covers; ksmd's memory is not written at all");
 	finish_row(&row, &w.pass, &w.hash);
 	finish_row(&theirs, &all, &peer);
-	free(c.overlay);
+	contents_free(&c);
 }
 
 void bench_steady(const struct bench *b)

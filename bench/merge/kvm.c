@@ -1,0 +1,384 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Two running guests of KVM with equal contents. Each reads all of its memory at
+ * random and writes to a few pages of its own, before, during and after merging:
+ * how fast it is is iterations for CPU time of its vCPU's thread, so that sharing
+ * two cores with whoever merges costs it nothing here, and what merging does to
+ * its mappings does. The peer: the same guests on plain anonymous memory that is
+ * advised MERGEABLE, and ksmd.
+ *
+ *	warm up | as it is | merging | warm up | as it is | passes that find nothing | stop | read all, write
+ *all
+ *
+ * Afterwards each equal page is written once: the kernel's break of a page that is
+ * mapped MAP_PRIVATE from the pool, against that of a plain MAP_PRIVATE memfd.
+ */
+#include <errno.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "../kvm/kvm.h"
+#include "merge.h"
+
+#define GUESTS	   2
+#define OWN_PAGES  256 /* written all the time */
+#define PASSES_MAX 64
+#define WAIT_MS	   600000
+#define WINDOW_NS  (form.smoke ? 20e6 : 400e6) /* CPU time of each guest in which its speed is measured */
+
+struct pair {
+	struct subject *guest[GUESTS];
+	struct guest_args args;
+	uint64_t equal; /* pages after the first OWN_PAGES */
+	bool ok;
+};
+
+struct figures {
+	struct series cpu;	       /* ns a merged page */
+	struct series before, merging; /* ns an iteration */
+	struct series after, passes;   /* ns an iteration */
+	struct series cow;	       /* ns a write */
+	double saved;
+};
+
+static void check(struct pair *p, bool ok, const char *what)
+{
+	struct run r = {.ok = p->ok};
+
+	run_check(&r, ok, what);
+	p->ok = r.ok;
+}
+
+/* -- the guests ----------------------------------------------------------------------------- */
+
+static void fill(struct pair *p)
+{
+	char page[PAGE];
+
+	for (unsigned g = 0; g < GUESTS; g++)
+		for (uint64_t i = 0; i < OWN_PAGES + p->equal; i++) {
+			page_fill(page, i < OWN_PAGES ? ((uint64_t)(g + 1) << 32) + i : i);
+			subject_write(p->guest[g], p->args.base + i * PAGE, page, PAGE);
+		}
+}
+
+static void start(struct pair *p)
+{
+	p->args.program = GUEST_MIXED;
+	p->args.iterations = UINT64_MAX;
+	p->args.write_pages = OWN_PAGES;
+	p->args.stop = 0;
+	for (unsigned g = 0; g < GUESTS; g++) {
+		p->args.seed = g;
+		subject_start(p->guest[g], &p->args);
+	}
+}
+
+static void stop(struct pair *p)
+{
+	const uint64_t one = 1;
+
+	for (unsigned g = 0; g < GUESTS; g++) {
+		struct guest_args args;
+
+		subject_write(p->guest[g], GUEST_ARGS + offsetof(struct guest_args, stop), &one, sizeof(one));
+		check(p, subject_wait(p->guest[g], &args, WAIT_MS) == 0, "a guest did not stop");
+	}
+}
+
+/* One round of TOUCH over the equal pages of a guest. ns of CPU a page. */
+static double touch(struct pair *p, unsigned g, uint64_t mode)
+{
+	struct guest_args args = {.program = GUEST_TOUCH,
+				  .base = p->args.base + OWN_PAGES * PAGE,
+				  .pages = p->equal,
+				  .stride = 1,
+				  .mode = mode,
+				  .seed = 7};
+	double ns = subject_round(p->guest[g], &args);
+
+	check(p, ns >= 0 && args.count == p->equal, "a guest did not get through its memory");
+	return ns / (double)p->equal;
+}
+
+/* What the guests hold: of guest 0 the first word of each equal page is what it wrote, if it did. */
+static void check_contents(struct pair *p, bool written)
+{
+	uint64_t wrong = 0, want[PAGE / 8];
+	char page[PAGE];
+
+	for (unsigned g = 0; g < GUESTS; g++)
+		for (uint64_t i = 0; i < p->equal; i++) {
+			page_fill(want, OWN_PAGES + i);
+			if (written && g == 0)
+				want[0] = guest_word(guest_key(i, 0), 7);
+			must(vmm_read(p->guest[g]->vmm, p->args.base + (OWN_PAGES + i) * PAGE, page, PAGE),
+			     "read");
+			wrong += memcmp(page, want, PAGE) != 0;
+		}
+	check(p, wrong == 0, "a guest's page holds something else");
+}
+
+/* -- how fast they are ------------------------------------------------------------------------- */
+
+struct gauge {
+	uint64_t count;
+	double cpu;
+};
+
+static double thread_ns(pthread_t thread)
+{
+	struct timespec t = {0};
+	clockid_t id;
+
+	must(-pthread_getcpuclockid(thread, &id), "clock of a thread");
+	clock_gettime(id, &t);
+	return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
+}
+
+/* Of both together. */
+static struct gauge gauge(const struct pair *p)
+{
+	struct gauge now = {0};
+
+	for (unsigned g = 0; g < GUESTS; g++) {
+		now.count += subject_word(p->guest[g], GUEST_ARGS + offsetof(struct guest_args, count));
+		now.cpu += thread_ns(p->guest[g]->vmm->vcpu[0]->thread);
+	}
+	return now;
+}
+
+static double speed(const struct gauge *from, const struct gauge *to)
+{
+	return to->count > from->count ? (to->cpu - from->cpu) / (double)(to->count - from->count) : -1;
+}
+
+/* Until every page has been read a few times over, and then some. */
+static void warm_up(const struct pair *p)
+{
+	struct gauge begin = gauge(p), now = begin;
+
+	while (now.count - begin.count < 8 * GUESTS * p->equal) {
+		usleep(2000);
+		now = gauge(p);
+	}
+}
+
+/* ns an iteration while `work`, which may be NULL, is done again and again. */
+static double watch(struct pair *p, void (*work)(struct pair *))
+{
+	struct gauge begin = gauge(p), now = begin;
+
+	while (now.cpu - begin.cpu < GUESTS * WINDOW_NS) {
+		if (work)
+			work(p);
+		else
+			usleep(2000);
+		now = gauge(p);
+	}
+	return speed(&begin, &now);
+}
+
+/* -- merging them --------------------------------------------------------------------------------- */
+
+static double pass(struct pair *p, uint64_t *merged)
+{
+	struct kage_progress progress = {.size = sizeof(progress), .more = 1};
+	double ns = cpu_ns();
+
+	while (progress.more) {
+		must(kage_engine_step(p->guest[0]->engine, NULL, &progress), "step");
+		*merged += progress.pages_merged;
+	}
+	return cpu_ns() - ns;
+}
+
+static void one_pass(struct pair *p)
+{
+	uint64_t merged = 0;
+
+	pass(p, &merged);
+}
+
+static void tune(struct pair *p, uint32_t flags)
+{
+	must(kage_engine_tune(p->guest[0]->engine, KAGE_CFG(kage_tune, .flags = flags)), "tune");
+}
+
+static void merge_ours(struct pair *p, struct figures *f)
+{
+	struct gauge begin = gauge(p), end;
+	uint64_t merged = 0;
+	double cpu = 0;
+
+	tune(p, KAGE_TUNE_MERGE);
+	for (unsigned i = 0; merged < p->equal && i < PASSES_MAX; i++)
+		cpu += pass(p, &merged);
+	cpu += subject_settle(p->guest[0]);
+	end = gauge(p);
+	check(p, merged >= p->equal, "Kage did not merge all equal pages");
+	series_add(&f->cpu, cpu / (double)merged);
+	series_add(&f->merging, speed(&begin, &end));
+}
+
+static void merge_theirs(struct pair *p, struct figures *f)
+{
+	struct ksm_counts first = ksm_counts(), now = first;
+	struct gauge begin = gauge(p), end;
+	double wall = wall_ns();
+
+	for (unsigned g = 0; g < GUESTS; g++)
+		must(madvise(vmm_ptr(p->guest[g]->vmm, 0, p->guest[g]->bytes), p->guest[g]->bytes,
+			     MADV_MERGEABLE)
+			 ? -errno
+			 : 0,
+		     "MADV_MERGEABLE");
+	ksm_start();
+	while (now.sharing < p->equal && wall_ns() - wall < WAIT_MS * 1e6) {
+		usleep(500);
+		now = ksm_counts();
+	}
+	end = gauge(p);
+	check(p, now.sharing >= p->equal, "ksmd did not merge all equal pages");
+	series_add(&f->cpu, (now.cpu - first.cpu) / (double)now.sharing);
+	series_add(&f->merging, speed(&begin, &end));
+}
+
+/* -- a repetition ------------------------------------------------------------------------------------ */
+
+static struct pair pair_create(uint64_t bytes, bool ours)
+{
+	struct pair p = {.ok = true};
+
+	for (unsigned g = 0; g < GUESTS; g++)
+		p.guest[g] = !ours ? subject_plain(RAM_SMALL, bytes)
+			     : g   ? subject_kage_beside(p.guest[0], bytes)
+				   : subject_kage(bytes);
+	p.args.base = p.guest[0]->base;
+	p.args.pages = (bytes - p.args.base) / PAGE;
+	p.equal = p.args.pages - OWN_PAGES;
+	fill(&p);
+	return p;
+}
+
+static void pair_destroy(struct pair *p)
+{
+	for (unsigned g = GUESTS; g-- > 0;)
+		subject_destroy(p->guest[g]);
+}
+
+static bool turn(uint64_t bytes, bool ours, struct figures *f)
+{
+	struct pair p = pair_create(bytes, ours);
+
+	start(&p);
+	warm_up(&p);
+	series_add(&f->before, watch(&p, NULL));
+	if (ours)
+		merge_ours(&p, f);
+	else
+		merge_theirs(&p, f);
+	warm_up(&p);
+	if (ours) {
+		series_add(&f->passes, watch(&p, one_pass));
+		tune(&p, 0);
+	} else {
+		series_add(&f->passes, watch(&p, NULL)); /* ksmd goes on */
+		ksm_stop();
+	}
+	series_add(&f->after, watch(&p, NULL));
+	stop(&p);
+	check_contents(&p, false);
+	touch(&p, 0, GUEST_READ);
+	series_add(&f->cow, touch(&p, 0, GUEST_WRITE));
+	check_contents(&p, true);
+	check(&p, !ours || subject_sound(p.guest[0]), "the audit found something");
+	pair_destroy(&p);
+	return p.ok && (ours || ksm_clean());
+}
+
+/* The guest's break of a plain MAP_PRIVATE page. */
+static bool private_turn(uint64_t bytes, struct series *s)
+{
+	struct subject *plain = subject_plain(RAM_PRIVATE, bytes);
+	struct pair p = {.guest = {plain}, .ok = true};
+
+	p.args.base = plain->base;
+	p.equal = (bytes - plain->base) / PAGE - OWN_PAGES;
+	for (uint64_t i = 0; i < OWN_PAGES + p.equal; i++) {
+		char page[PAGE];
+
+		page_fill(page, i);
+		subject_write(plain, plain->base + i * PAGE, page, PAGE);
+	}
+	ram_settle(plain->vmm->ram);
+	touch(&p, 0, GUEST_READ);
+	series_add(s, touch(&p, 0, GUEST_WRITE));
+	subject_destroy(plain);
+	return p.ok;
+}
+
+/* -- rows --------------------------------------------------------------------------------------------- */
+
+static void speed_row(const char *name, bool ok, const struct series *s, const struct series *undisturbed,
+		      const struct figures *peer, const struct series *theirs,
+		      const struct series *theirs_alone)
+{
+	struct row row = {.name = name,
+			  .unit = "ns",
+			  .peer = "the same guests undisturbed",
+			  .goal = GOAL_RATIO,
+			  .limit = 0.97,
+			  .isvoid = !ok};
+
+	row_note(&row, "an iteration of the guests");
+	if (peer->cpu.n)
+		row_note(&row, "an iteration of the guests; with ksmd %.0f ns, %.2f of undisturbed",
+			 series_median(theirs), series_median(theirs_alone) / series_median(theirs));
+	finish_row(&row, s, undisturbed);
+}
+
+void bench_merge_kvm(const struct bench *b)
+{
+	static const char *const names[] = {"kvm", "kvm-guest-merging", "kvm-guest-passes", "cow-break-kvm",
+					    NULL};
+	uint64_t bytes = form.smoke ? 16 * MIB : 256 * MIB;
+	unsigned reps = form.smoke ? 1 : b->quick ? 1 : 5;
+	struct row row = {.name = names[0], .unit = "ns", .peer = "ksmd", .goal = GOAL_RATIO, .limit = 1};
+	struct row cow = {.name = names[3],
+			  .unit = "ns",
+			  .peer = "the guest's break of a plain MAP_PRIVATE page",
+			  .goal = GOAL_RATIO,
+			  .limit = 0.95};
+	struct figures ours = {0}, peer = {0};
+	struct series plain = {0};
+	bool ok = true;
+
+	if (skip_case(names) || skip_because(names, vmm_missing()))
+		return;
+	for (unsigned i = 0; i < reps; i++) {
+		ok &= turn(bytes, true, &ours);
+		ok &= private_turn(bytes, &plain);
+		if (!form.alone)
+			ok &= turn(bytes, false, &peer);
+	}
+	row.isvoid = cow.isvoid = !ok;
+	row_note(&row,
+		 "CPU of a saved frame while both guests run; of the stepping thread, releasing included");
+	row_note(&cow, "a guest's first write to each merged page, after it has read it%s",
+		 peer.cow.n ? "" : "; KSM's not measured");
+	if (peer.cow.n)
+		row_note(
+		    &cow,
+		    "a guest's first write to each merged page, after it has read it; of a KSM page %.0f ns",
+		    series_median(&peer.cow));
+	finish_row(&row, &ours.cpu, &peer.cpu);
+	speed_row(names[1], ok, &ours.merging, &ours.before, &peer, &peer.merging, &peer.before);
+	speed_row(names[2], ok, &ours.passes, &ours.after, &peer, &peer.passes, &peer.after);
+	finish_row(&cow, &ours.cow, &plain);
+}
