@@ -208,6 +208,7 @@ static char *make_xml(const struct leg *leg, const struct paths *paths)
 	fprintf(f,
 		"<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
 		"<name>kage-%s</name><memory unit='MiB'>%u</memory><vcpu>2</vcpu>"
+		"<memoryBacking><nosharepages/></memoryBacking>" /* nothing for the host's ksmd, which benchmarks measure */
 		"<os><type arch='%s' machine='%s'>hvm</type><kernel>%s/vmlinuz</kernel>"
 		"<initrd>%s/initramfs</initrd><cmdline>console=%s quiet panic=-1 %s</cmdline></os><features>%s</features>",
 		leg->name, leg->mib, m->arch, m->type, paths->boot, paths->out, m->console,
