@@ -51,7 +51,7 @@
 
 #define PAGE	   ((uint64_t)4096)
 #define MIB	   ((uint64_t)1 << 20)
-#define TIMEOUT_MS 60000
+#define TIMEOUT_MS (60000 * (1 + (int)env_number("CK_TIMEOUT_MULTIPLIER", 0))) /* as Check's own */
 #define COUNT(a)   (sizeof(a) / sizeof((a)[0]))
 #define ok(x)	   ck_assert_int_eq((x), 0)
 #define is(x, y)   ck_assert_int_eq((x), (y))
@@ -639,16 +639,25 @@ static inline void skip_without_kvm(void)
 }
 
 /* A test, `n` times, as a case of its own: CK_RUN_CASE=name runs it alone. */
-#define add_test(suite, test, n) add_test_case(suite, #test, test, n)
-static inline void add_test_case(Suite *suite, const char *name, const TTest *test, int n)
+#define add_test(suite, test, n) add_test_case(suite, #test, test, 0, n)
+static inline void add_test_case(Suite *suite, const char *name, const TTest *test, int first, int n)
 {
 	TCase *tc = n ? tcase_create(name) : NULL;
 
 	if (!tc)
 		return;
 	tcase_set_timeout(tc, 60);
-	tcase_add_loop_test(tc, test, 0, n);
+	tcase_add_loop_test(tc, test, first, n);
 	suite_add_tcase(suite, tc);
+}
+
+/* Once for each policy that this kernel can do. KAGE_KVM_POLICY=exact leaves native to another run. */
+#define add_policies(suite, test) add_test_case(suite, #test, test, only_exact(), each_policy())
+static inline int only_exact(void)
+{
+	const char *policy = getenv("KAGE_KVM_POLICY");
+
+	return policy && !strcmp(policy, "exact") && can_exact();
 }
 
 static inline int run(Suite *suite)

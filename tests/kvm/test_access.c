@@ -157,7 +157,7 @@ START_TEST(threads_lose_nothing)
 	static struct owner owners[3];
 	struct rng r = rng_seed(_i);
 	_Atomic bool done = false;
-	uint64_t slowest = 0;
+	uint64_t slowest = 0, enough = times(2000, 300);
 	struct bare b;
 
 	need_threads();
@@ -168,7 +168,7 @@ START_TEST(threads_lose_nothing)
 		owners[i] = (struct owner){.b = &b, .way = i, .done = &done};
 		is(pthread_create(&owners[i].thread, NULL, owner_main, &owners[i]), 0);
 	}
-	for (unsigned n = 0; n < 200 || (slowest < 2000 && n < 5000); n++) {
+	for (unsigned n = 0; n < times(200, 40) || (slowest < enough && n < 5000); n++) {
 		churn(&b, &r);
 		slowest = UINT64_MAX;
 		for (unsigned i = 0; i < 3; i++) {
@@ -183,7 +183,7 @@ START_TEST(threads_lose_nothing)
 		pthread_join(owners[i].thread, NULL);
 	for (unsigned i = 0; i < 3; i++)
 		owners_check(&owners[i]);
-	ck_assert_uint_ge(slowest, 2000);
+	ck_assert_uint_ge(slowest, enough);
 	audit();
 	is(kage_kvm_reconcile(b.kvm, KAGE_KVM_ADOPT), 0);
 	for (unsigned i = 0; i < 3; i++)
@@ -324,7 +324,7 @@ START_TEST(direct_reads_into_pinned_memory)
 	merging(true);
 	b = new_bare(CHURN_LEN, policies[_i]);
 	churner_start(&c, &b);
-	for (uint64_t round = 0; round < 60; round++) {
+	for (uint64_t round = 0; round < times(60, 10); round++) {
 		offset = round * IO_PAGES * PAGE % FILE_LEN;
 		merged += io_share(&b, &clone, round + 1);
 		n = IO_PAGES;
@@ -457,7 +457,7 @@ START_TEST(fixed_buffers_in_pinned_memory)
 	merging(true);
 	b = new_bare(CHURN_LEN, policies[_i]);
 	churner_start(&c, &b);
-	for (uint64_t round = 0; round < 24; round++) {
+	for (uint64_t round = 0; round < times(24, 6); round++) {
 		offset = round * IO_PAGES * PAGE % FILE_LEN;
 		merged += io_share(&b, &clone, round + 1);
 		n = IO_PAGES;
@@ -776,12 +776,12 @@ int main(void)
 
 	skip_without_kvm();
 	probe();
-	add_test(suite, threads_lose_nothing, each_policy());
-	add_test(suite, direct_reads_into_pinned_memory, each_policy());
-	add_test(suite, fixed_buffers_in_pinned_memory, each_policy());
-	add_test(suite, fixed_buffers_that_are_not_pinned_lose, each_policy());
-	add_test(suite, discarded_memory_reaches_the_host, each_policy());
-	add_test(suite, discarded_shared_memory, each_policy());
-	add_test(suite, translates_as_kvm_does, each_policy());
+	add_policies(suite, threads_lose_nothing);
+	add_policies(suite, direct_reads_into_pinned_memory);
+	add_policies(suite, fixed_buffers_in_pinned_memory);
+	add_policies(suite, fixed_buffers_that_are_not_pinned_lose);
+	add_policies(suite, discarded_memory_reaches_the_host);
+	add_policies(suite, discarded_shared_memory);
+	add_policies(suite, translates_as_kvm_does);
 	return run(suite);
 }

@@ -1028,7 +1028,7 @@ START_TEST(same_as_without_kvm)
 {
 	const struct shape *shape = &shapes[_i];
 	uint64_t seed = env_number("KAGE_SEED", 1), sequences = env_number("KAGE_SEQUENCES", times(3, 1));
-	uint64_t steps = env_number("KAGE_STEPS", times(100, 40));
+	uint64_t steps = env_number("KAGE_STEPS", times(100, 20));
 
 	need(shape->policy != KAGE_KVM_EXACT || can_exact(), "this kernel cannot do exact");
 	for (uint64_t i = 0; i < sequences; i++) {

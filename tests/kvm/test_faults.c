@@ -706,8 +706,8 @@ int main(void)
 	add_test(suite, windows_that_the_vmm_changed_under_a_running_guest, 1);
 	add_test(suite, with_the_helper_listeners_hear_of_the_vmm, 1);
 	add_test(suite, a_handler_that_ends, can_exact());
-	add_test(suite, vcpus_that_are_killed, each_policy());
+	add_policies(suite, vcpus_that_are_killed);
 	add_test(suite, no_more_mappings, 3);
-	add_test(suite, no_memory_for_objects, each_policy());
+	add_policies(suite, no_memory_for_objects);
 	return run(suite);
 }

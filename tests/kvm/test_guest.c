@@ -592,14 +592,14 @@ int main(void)
 
 	skip_without_kvm();
 	probe();
-	add_test(suite, mappings_change_under_a_running_guest, each_policy());
-	add_test(suite, merge_break_adopt_heal_merge, each_policy());
+	add_policies(suite, mappings_change_under_a_running_guest);
+	add_policies(suite, merge_break_adopt_heal_merge);
 	add_test(suite, exact_and_native_give_the_same_bytes, 1);
-	add_test(suite, clones_under_load, each_policy());
-	add_test(suite, clones_of_clones, each_policy());
+	add_policies(suite, clones_under_load);
+	add_policies(suite, clones_of_clones);
 	add_test(suite, sixty_four_clones, 1);
-	add_test(suite, a_clone_is_one_instant, each_policy());
-	add_test(suite, a_budget_of_a_thousand_mappings, each_policy());
+	add_policies(suite, a_clone_is_one_instant);
+	add_policies(suite, a_budget_of_a_thousand_mappings);
 	add_test(suite, a_vacated_slot_shows_nobody_elses_bytes, 2);
 	add_test(suite, neighbouring_files_show_themselves, 2);
 	add_test(suite, a_region_that_traps_beside_one_that_does_not, 2);

@@ -1250,7 +1250,7 @@ int main(void)
 
 	skip_without_kvm();
 	probe();
-	add_test(suite, rule_1_shared_frame_is_never_map_shared, each_policy());
+	add_policies(suite, rule_1_shared_frame_is_never_map_shared);
 	add_test(suite, rule_1_a_missed_registration_costs_memory_only, can_exact());
 	add_test(suite, rule_2_native_reconciles, 1);
 	add_test(suite, rule_2_a_clone_adopts, 1);
@@ -1260,19 +1260,19 @@ int main(void)
 	add_test(suite, rule_3_falls_to_native_and_says_so, 1);
 	add_test(suite, rule_4_auto, 1);
 	add_test(suite, rule_4_policies_change_under_a_running_guest, can_exact());
-	add_test(suite, rule_5_reads_go_through_the_window, each_policy());
-	add_test(suite, rule_5_a_soft_vcpu_sees_every_write, each_policy());
-	add_test(suite, rule_5_translation_sees_diverged_tables, each_policy());
+	add_policies(suite, rule_5_reads_go_through_the_window);
+	add_policies(suite, rule_5_a_soft_vcpu_sees_every_write);
+	add_policies(suite, rule_5_translation_sees_diverged_tables);
 	add_test(suite, rule_5_registers_of_the_guest, 1);
 	add_test(suite, rule_5_merging_compares_windows, 1);
-	add_test(suite, rule_6_no_write_is_lost, each_policy());
-	add_test(suite, rule_6_no_write_is_lost_when_mappings_are_scarce, each_policy());
+	add_policies(suite, rule_6_no_write_is_lost);
+	add_policies(suite, rule_6_no_write_is_lost_when_mappings_are_scarce);
 	add_test(suite, rule_6_no_write_is_lost_by_pausing, 1);
-	add_test(suite, rule_7_the_log_is_what_the_guest_wrote, each_policy());
-	add_test(suite, rule_7_pointers_are_marked_by_who_writes, each_policy());
-	add_test(suite, rule_7_rings_too, each_policy());
-	add_test(suite, rule_8_pinned_pages_stay, each_policy());
-	add_test(suite, rule_8_external_memory_stays, each_policy());
+	add_policies(suite, rule_7_the_log_is_what_the_guest_wrote);
+	add_policies(suite, rule_7_pointers_are_marked_by_who_writes);
+	add_policies(suite, rule_7_rings_too);
+	add_policies(suite, rule_8_pinned_pages_stay);
+	add_policies(suite, rule_8_external_memory_stays);
 	add_test(suite, rule_9_a_dead_handler, 2 * can_exact());
 	return run(suite);
 }

@@ -116,7 +116,7 @@ START_TEST(registers_are_read)
 	if (cpu_facts().pku)
 		pkru_is_read(&vm, vcpu);
 	else
-		printf("left out: this CPU has no protection keys\n");
+		printf("skipped: this CPU has no protection keys\n");
 	s.cr0 = 0x10; /* paging off, as after a reset */
 	s.efer = 0;
 	s.cr4 = 0;

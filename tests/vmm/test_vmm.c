@@ -20,13 +20,14 @@
 #include <kage/kvm.h>
 
 #include "../common/leak.h"
+#include "../model/rng.h"
 #include "payload.h"
 
 #define PAGE	   ((uint64_t)4096)
 #define MIB	   ((uint64_t)1 << 20)
 #define RAM	   (32 * MIB)
 #define MAP	   (64 * MIB) /* the rest has no memory */
-#define TIMEOUT_MS 60000
+#define TIMEOUT_MS (60000 * (1 + (int)env_number("CK_TIMEOUT_MULTIPLIER", 0))) /* as Check's own */
 #define ok(x)	   ck_assert_int_eq((x), 0)
 #define is(x, y)   ck_assert_uint_eq((x), (y))
 
