@@ -17,6 +17,7 @@
 #include "arch.h"
 #include "compat.h"
 #include "internal.h"
+#include "mm/tenant.h"
 
 /* -- policy ------------------------------------------------------------------------------ */
 
@@ -285,6 +286,10 @@ static int kvm_attach(struct kage_vm *vm, int vmfd, const struct kage_kvm_config
 	if (!pool_has_files(vm->mm.host->pool)) {
 		env_log(&vm->engine->env, KAGE_LOG_ERROR, "KVM needs an engine with KAGE_BACKING_MEMFD");
 		return -EINVAL;
+	}
+	if (vm->mm.family->tenant->reserve) {
+		env_log(&vm->engine->env, KAGE_LOG_ERROR, "KVM: the guest's merge domain is hardened, and reads cannot be made to trap");
+		return -EOPNOTSUPP;
 	}
 	r = kvm_new(vm, vmfd, config, &k);
 	if (r)

@@ -12,8 +12,8 @@
 #include <kage/kage.h>
 #include "api/engine.h"
 #include "api/vm.h"
+#include "mm/fused.h"
 #include "mm/mirror.h"
-#include "mm/tenant.h"
 #include "shadow/shadow.h"
 
 #define SPACE_DEFAULT ((uint64_t)16 << 40)
@@ -146,6 +146,7 @@ int kage_engine_create(const struct kage_engine_config *config, struct kage_engi
 		goto finish_host;
 	pace_init(&e->pace);
 	brlock_init(&e->upkeep, RANK_UPKEEP, 0);
+	e->memory_limit = c.memory_limit;
 	e->env.due = due;
 	e->env.due_arg = e;
 	*out = e;
@@ -240,10 +241,13 @@ static int step_merge(struct kage_engine *e, const struct kage_budget *b, struct
 
 static int step_work(struct kage_engine *e, const struct kage_budget *b, struct kage_progress *p)
 {
-	struct brlock_held held;
+	struct brlock_held held = brlock_read(&e->upkeep);
 	bool more = false;
-	int r = step_merge(e, b, p, &more);
+	int r;
 
+	tenants_upkeep(&e->host);
+	brlock_read_drop(&e->upkeep, held);
+	r = step_merge(e, b, p, &more);
 	held = brlock_read(&e->upkeep);
 	p->more = more;
 	p->frames_freed = pool_reap(e->pool);
@@ -332,17 +336,37 @@ int kage_engine_tune(struct kage_engine *e, const struct kage_tune *tune)
 	return KAGE_OK;
 }
 
+/* A sixteenth of what there may be at most: with little memory, little entropy. */
+static uint32_t reserve_default(const struct kage_engine *e)
+{
+	uint64_t most = e->memory_limit ? e->memory_limit >> (PAGE_SHIFT + 4) : RESERVE_FRAMES_DEFAULT;
+
+	return (uint32_t)MAX(MIN(most, (uint64_t)RESERVE_FRAMES_DEFAULT), (uint64_t)RESERVE_FRAMES_MIN);
+}
+
 static int domain_configure(struct kage_engine *e, uint32_t domain, const struct kage_domain_config *config)
 {
 	struct kage_domain_config c;
 	int r = config ? config_check(config, sizeof(c), sizeof(c)) : -EINVAL;
+	bool hardened;
 
 	if (r)
 		return r;
 	config_copy(&c, config, sizeof(c));
-	if (domain > UINT16_MAX || c.flags & ~(uint32_t)KAGE_DOMAIN_ZERO_SHARED)
+	hardened = c.flags & KAGE_DOMAIN_HARDENED;
+	if (domain > UINT16_MAX || c.flags & ~(uint32_t)(KAGE_DOMAIN_ZERO_SHARED | KAGE_DOMAIN_HARDENED) || c.reserved)
 		return -EINVAL;
-	return tenant_configure(&e->host, domain, c.flags);
+	if (hardened && c.flags & KAGE_DOMAIN_ZERO_SHARED)
+		return -EINVAL;
+	if (!c.reserve_frames && hardened)
+		c.reserve_frames = reserve_default(e);
+	if (hardened != (c.reserve_frames >= RESERVE_FRAMES_MIN && c.reserve_frames <= RESERVE_FRAMES_MAX) ||
+	    (!hardened && c.reserve_frames))
+		return -EINVAL;
+	brlock_write(&e->upkeep);
+	r = tenant_configure(&e->host, domain, c.flags, c.reserve_frames);
+	brlock_write_drop(&e->upkeep);
+	return r;
 }
 
 int kage_domain_configure(struct kage_engine *e, uint32_t domain, const struct kage_domain_config *config)

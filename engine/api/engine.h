@@ -17,6 +17,7 @@ struct kage_engine {
 	struct merge merge;
 	struct pace pace;
 	struct brlock upkeep; /* read: frames are being reaped, the reserve refilled; write: the audit counts them */
+	uint64_t memory_limit; /* bytes; 0: none. Constant */
 	int event; /* eventfd: a step is due */
 	_Atomic bool due; /* it has been told since the last step began */
 	_Atomic uint64_t guests;

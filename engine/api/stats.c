@@ -48,6 +48,7 @@ static int reconcile_one(struct mm *mm)
 int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats *stats)
 {
 	struct kage_stats s = { 0 };
+	struct brlock_held held;
 	int r;
 
 	if (!e || !stats || (vm && vm->engine != e))
@@ -61,7 +62,9 @@ int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats 
 		obs_guest(&vm->mm, &s);
 		add_shadow(vm, &s);
 	} else {
+		held = brlock_read(&e->upkeep); /* reserves of hardened domains stay where they are */
 		obs_engine(&e->host, &e->merge, &s);
+		brlock_read_drop(&e->upkeep, held);
 		host_each_mm(&e->host, add_shadow_of, &s);
 	}
 	s.size = stats->size;

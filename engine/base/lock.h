@@ -35,6 +35,7 @@ enum lock_rank {
 	RANK_TABLE_0,
 	RANK_CANDIDATES, /* merging's table of candidates */
 	RANK_STABLE,     /* stable frames: their table and chains */
+	RANK_RESERVE,    /* of a hardened domain: frames to draw, references to let go of; sub: domain */
 	RANK_NOTIFY,     /* listener lists */
 	RANK_SLOTS,      /* KVM slots of one guest; sub: mm id */
 	RANK_SHADOW,     /* shadow tables of one guest; sub: mm id */

@@ -22,6 +22,7 @@
  * a family's lock hold only that one, and host->lock keeps audits out: waiting for a second
  * family while holding a first one cannot close a circle.
  */
+#include "merge/hardened.h"
 #include "merge/run.h"
 #include "mm/layer.h"
 #include "mm/mirror.h"
@@ -49,7 +50,7 @@ static int found_one(const struct rmap_entry *e, void *arg)
 }
 
 /* A pair of a chain is worth keeping if an entry is still found through it. When in doubt: yes. */
-static bool pair_keeps(struct host *h, uint64_t where, pfn_t pfn)
+bool pair_keeps(struct host *h, uint64_t where, pfn_t pfn)
 {
 	struct layer *l = layer_find(h, where_owner(where));
 	struct brlock_held held;
@@ -331,6 +332,10 @@ int scan_group(struct scanner *s)
 	unsigned n, done;
 	int r = 0;
 
+	if (s->mm->family->tenant->reserve) {
+		hardened_group(s);
+		return 0;
+	}
 	s->run.base = s->base;
 	run_clear(s);
 	while (r == 0 && (n = look_some(s, l)) > 0) {

@@ -110,6 +110,8 @@ uint64_t page_hash(const struct tenant *t, const void *page);
 unsigned look_some(struct scanner *s, struct look *l);
 /* The pages still map what they did when they were looked at: clears `what` of others, to LATER. Inside a read section. */
 void look_again(struct scanner *s, struct look *l, unsigned n);
+/* For stable_prune(): a pair is worth keeping if an entry is still found through it. */
+bool pair_keeps(struct host *h, uint64_t where, pfn_t pfn);
 /* Looks at all of s->todo and merges what it can. -ENOMEM: what is left is in s->todo. */
 int scan_group(struct scanner *s);
 

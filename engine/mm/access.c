@@ -24,6 +24,9 @@
  *        attach, detach       the same, and adoption
  *        protect              gives no page another frame
  *
+ * A fused page (mm/fused.h) is broken by mm_read() as by a guest: device models read on behalf of guests, who see
+ * how long it takes. Who only wants to know what is there peeks.
+ *
  * Where the host kernel breaks COW by itself (mm/mirror.h), what the guest has is in its window: bytes
  * are copied from and to there, unless the page is exclusive and so the same in both.
  *
@@ -35,6 +38,7 @@
 
 #include "base/guest.h"
 
+#include "mm/fused.h"
 #include "mm/mirror.h"
 #include "mm/region.h"
 #include "mm/table.h"
@@ -108,6 +112,8 @@ static int read_frame(struct mm *mm, gfn_t gfn, const struct mm_lookup *l, size_
 	struct mm_lookup now;
 
 	copy_page(mm, l, offset, buf, len, p);
+	if (entry_is_fused(l->entry))
+		fused_was_read(mm->host->pool, l->pfn);
 	atomic_thread_fence(memory_order_acquire);
 	now = mm_lookup(mm, gfn);
 	return entry_is_leaf(now.entry) && pfn_eq(now.pfn, l->pfn) ? KAGE_OK : KAGE_RETRY;
@@ -142,7 +148,8 @@ static int read_window(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_
 #define READ_UNSETTLED 1001
 
 /* One page; KAGE_RETRY: look again, it may have to be faulted in first. */
-static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t len, struct populated *p)
+static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t len, struct populated *p,
+		     bool peek)
 {
 	const struct region *reg;
 	struct mirror *m;
@@ -160,7 +167,7 @@ static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t 
 		return read_window(mm, gfn, offset, buf, len);
 	} else if (entry_is_leaf(l.entry) && !l.writable && m && atomic_load(&m->unsettled)) {
 		r = READ_UNSETTLED;
-	} else if (entry_is_leaf(l.entry)) {
+	} else if (entry_is_leaf(l.entry) && (peek || !entry_is_fused(l.entry))) {
 		r = read_frame(mm, gfn, &l, offset, buf, len, p);
 	} else if (!entry_is_none(l.entry) || (reg->flags & KAGE_REGION_TRAP && reg->touch)) {
 		r = KAGE_RETRY;
@@ -171,7 +178,7 @@ static int read_page(struct mm *mm, gfn_t gfn, size_t offset, void *buf, size_t 
 	return r;
 }
 
-int mm_read(struct mm *mm, gpa_t gpa, void *buf, size_t len)
+static int read_range(struct mm *mm, gpa_t gpa, void *buf, size_t len, bool peek)
 {
 	struct populated p = { .npages = 0 };
 	char *to = buf;
@@ -181,7 +188,7 @@ int mm_read(struct mm *mm, gpa_t gpa, void *buf, size_t len)
 		int r;
 
 		p.ahead = (unsigned)MIN((offset + len + PAGE_SIZE - 1) >> PAGE_SHIFT, (uint64_t)BLOCK_PAGES);
-		r = read_page(mm, gpa_gfn(gpa), offset, to, n, &p);
+		r = read_page(mm, gpa_gfn(gpa), offset, to, n, &p, peek);
 		if (r)
 			p.npages = 0;
 		if (r == READ_UNSETTLED) {
@@ -202,6 +209,16 @@ int mm_read(struct mm *mm, gpa_t gpa, void *buf, size_t len)
 		len -= n;
 	}
 	return KAGE_OK;
+}
+
+int mm_read(struct mm *mm, gpa_t gpa, void *buf, size_t len)
+{
+	return read_range(mm, gpa, buf, len, false);
+}
+
+int mm_peek(struct mm *mm, gpa_t gpa, void *buf, size_t len)
+{
+	return read_range(mm, gpa, buf, len, true);
 }
 
 /*
@@ -231,7 +248,7 @@ static bool read_file_page(struct mm *mm, gfn_t gfn, void *page)
 
 int mm_read_page(struct mm *mm, gfn_t gfn, void *page)
 {
-	return read_file_page(mm, gfn, page) ? KAGE_OK : mm_read(mm, gfn_gpa(gfn), page, PAGE_SIZE);
+	return read_file_page(mm, gfn, page) ? KAGE_OK : mm_peek(mm, gfn_gpa(gfn), page, PAGE_SIZE);
 }
 
 /* -- write ------------------------------------------------------------------------ */

@@ -11,13 +11,14 @@
  * Counts are kept in a hash from pfn; the audit's memory and time follow what is
  * mapped, not the size of the pool.
  */
+#include "mm/fused.h"
 #include "mm/layer.h"
 #include "mm/region.h"
 #include "mm/rmap.h"
 #include "mm/stable.h"
 #include "mm/table.h"
 
-enum tally_what { TALLY_FRAME = 1, TALLY_BLOCK = 2, TALLY_GIANT = 3, TALLY_TABLE = 4 };
+enum tally_what { TALLY_FRAME = 1, TALLY_BLOCK = 2, TALLY_GIANT = 3, TALLY_TABLE = 4, TALLY_NOTED = 5 };
 
 struct tally {
 	uint64_t key; /* pfn << 3 | what; 0: empty */
@@ -142,7 +143,7 @@ static void check_tally(struct census *cs, const struct tally *t)
 	struct pool *pool = cs->h->pool;
 	pfn_t pfn = PFN(t->key >> 3);
 	struct frame *f = pfn_frame(pool, pfn);
-	uint64_t refs = atomic_load(&f->refs);
+	uint64_t refs = atomic_load(&f->refs), noted;
 
 	switch ((enum tally_what)(t->key & 7)) {
 	case TALLY_TABLE:
@@ -151,8 +152,9 @@ static void check_tally(struct census *cs, const struct tally *t)
 		break;
 	case TALLY_FRAME:
 		cs->frames++;
-		CHECK(cs, refs == t->count, "frame %#lx kind %d: refs %lu, mapped by %lu entries", (long)pfn.v,
-		      frame_kind(f), (long)refs, (long)t->count);
+		noted = tally_read(cs, pfn, TALLY_NOTED); /* H4 */
+		CHECK(cs, refs == t->count + noted, "frame %#lx kind %d: refs %lu, mapped by %lu entries, noted %lu",
+		      (long)pfn.v, frame_kind(f), (long)refs, (long)t->count, (long)noted);
 		CHECK(cs, frame_kind(f) == FRAME_HOME || frame_kind(f) == FRAME_PRIVATE || frame_kind(f) == FRAME_STABLE,
 		      "frame %#lx is mapped, kind %d", (long)pfn.v, frame_kind(f));
 		check_rmap(cs, pfn, t->count);
@@ -164,6 +166,11 @@ static void check_tally(struct census *cs, const struct tally *t)
 	case TALLY_GIANT:
 		CHECK(cs, pfn_block(pool, pfn)->giant == (int64_t)t->count, "giant %#lx: refs %d, mapped by %lu entries",
 		      (long)pfn.v, pfn_block(pool, pfn)->giant, (long)t->count);
+		break;
+	case TALLY_NOTED:
+		CHECK(cs, frame_kind(f) == FRAME_STABLE, "frame %#lx kind %d: noted as fused", (long)pfn.v, frame_kind(f));
+		CHECK(cs, refs == t->count + tally_read(cs, pfn, TALLY_FRAME), "frame %#lx: refs %lu, noted %lu", (long)pfn.v,
+		      (long)refs, (long)t->count);
 		break;
 	}
 }
@@ -200,6 +207,18 @@ static bool exclusive(struct census *cs, pfn_t pfn, unsigned level)
 	return tally_read(cs, pfn, TALLY_GIANT) == 1;
 }
 
+/* H1: stable frames of a hardened domain are mapped by fused entries, and they map nothing else. */
+static void check_fused(struct mm_check *m, entry_t e, unsigned level, gfn_t gfn)
+{
+	bool hardened = m->mm->family->tenant->reserve != NULL;
+	bool stable = level == 0 && frame_kind(pfn_frame(m->cs->h->pool, entry_pfn(e))) == FRAME_STABLE;
+
+	CHECK(m->cs, entry_is_fused(e) == (hardened && stable), "mm %lu gfn %#lx: entry %#llx in a domain that is%s hardened",
+	      (long)m->mm->id, (long)gfn.v, (unsigned long long)e, hardened ? "" : " not");
+	CHECK(m->cs, !entry_is_fused(e) || !(e & (ENTRY_W | ENTRY_X | ENTRY_SPECIAL)), "mm %lu gfn %#lx: fused, entry %#llx",
+	      (long)m->mm->id, (long)gfn.v, (unsigned long long)e);
+}
+
 static void check_leaf(struct mm_check *m, entry_t *slot, unsigned level, gfn_t gfn, bool w)
 {
 	struct census *cs = m->cs;
@@ -207,6 +226,7 @@ static void check_leaf(struct mm_check *m, entry_t *slot, unsigned level, gfn_t 
 	const struct region *reg = mm_region(m->mm, gfn);
 
 	CHECK(cs, reg != NULL, "mm %lu gfn %#lx: an entry without a region", (long)m->mm->id, (long)gfn.v);
+	check_fused(m, e, level, gfn);
 	if (e & ENTRY_SPECIAL) {
 		CHECK(cs, !w || (reg && reg->kind == KAGE_REGION_FOREIGN),
 		      "mm %lu gfn %#lx: a special entry is writable", (long)m->mm->id, (long)gfn.v);
@@ -254,9 +274,25 @@ static void check_stable(struct stable *s, void *arg)
 
 	CHECK(cs, frame_kind(pfn_frame(cs->h->pool, s->pfn)) == FRAME_STABLE, "stable %#lx: kind %d", (long)s->pfn.v,
 	      frame_kind(pfn_frame(cs->h->pool, s->pfn)));
-	CHECK(cs, tally_read(cs, s->pfn, TALLY_FRAME) > 0, "stable %#lx: nothing maps it, refs %u", (long)s->pfn.v,
+	CHECK(cs, tally_read(cs, s->pfn, TALLY_FRAME) + tally_read(cs, s->pfn, TALLY_NOTED) > 0, "stable %#lx: nothing maps it, refs %u", (long)s->pfn.v,
 	      atomic_load(&pfn_frame(cs->h->pool, s->pfn)->refs));
 	CHECK(cs, frame_stable(cs->h->pool, s->pfn) == s, "stable %#lx: chain and frame disagree", (long)s->pfn.v);
+}
+
+/* H5, and what is noted. */
+static void count_reserve(struct tenant *t, void *arg)
+{
+	struct census *cs = arg;
+	struct reserve *r = t->reserve;
+
+	for (uint32_t i = 0; i < r->noted; i++)
+		tally(cs, r->note[i], TALLY_NOTED);
+	for (uint32_t i = 0; i < r->count; i++) {
+		const struct frame *f = pfn_frame(cs->h->pool, r->frame[i]);
+
+		CHECK(cs, frame_kind(f) == FRAME_RESERVED && f->refs == 1, "domain %u: frame %#lx of its reserve: kind %d refs %u",
+		      t->id, (long)r->frame[i].v, frame_kind(f), f->refs);
+	}
 }
 
 /* -- stopping everything ------------------------------------------------------------------- */
@@ -347,6 +383,8 @@ int host_audit(struct host *h, struct audit *a, int (*more)(struct mm *mm, struc
 	pool_reap(h->pool);
 	stop_all(h);
 	cs.err = all_mms(h, count_mm, &cs);
+	if (cs.err == 0)
+		tenants_hardened(h, count_reserve, &cs);
 	for (uint64_t i = 0; cs.err == 0 && i < cs.room; i++)
 		if (cs.slot[i].key)
 			check_tally(&cs, &cs.slot[i]);

@@ -7,6 +7,7 @@
  *     │               exclusive        set W (no secondary MMU caches a W here)
  *     │               block            split, again
  *     │               shared           cow_break through the change funnel
+ *     │               fused            cow_break, whatever the access: mm/fused.h
  *     └─ none ─► fault_fill: home block, home page, arena page, device page
  *
  * Invariants:
@@ -30,6 +31,7 @@
  */
 #include "base/guest.h"
 #include "mm/change.h"
+#include "mm/fused.h"
 #include "mm/mirror.h"
 #include "mm/region.h"
 #include "mm/layer.h"
@@ -56,9 +58,9 @@ static int cow_prepare(struct change *c)
 	struct mm *mm = w->target.mm;
 	struct pool *pool = mm->host->pool;
 	pfn_t from = entry_pfn(w->old);
-	bool hole = pfn_is_zero(from);
+	bool hole = pfn_is_zero(from), fused = entry_is_fused(w->old);
 	pfn_t copy;
-	int r = layer_frame(mm, w->gfn, hole ? ARENA_ZERO : 0, &copy);
+	int r = fused ? fused_frame(mm, w->gfn, &copy) : layer_frame(mm, w->gfn, hole ? ARENA_ZERO : 0, &copy);
 
 	if (r)
 		return r;
@@ -70,6 +72,8 @@ static int cow_prepare(struct change *c)
 		guest_copy(pfn_hva(pool, copy), pfn_hva(pool, from), PAGE_SIZE);
 	else
 		r = -EAGAIN;
+	if (fused)
+		fused_was_read(pool, from);
 	rcu_leave();
 	return r;
 }
@@ -99,6 +103,8 @@ static void cow_commit(struct change *c)
 	struct host *h = w->target.mm->host;
 
 	entry_store(w->slot, entry_leaf(w->copy, ENTRY_W));
+	if (entry_is_fused(w->old) && fused_gone(w->target.mm->family->tenant, entry_pfn(w->old)))
+		return;
 	if (!(w->old & ENTRY_SPECIAL))
 		frame_drop(h, entry_pfn(w->old), &c->dead);
 }
@@ -189,6 +195,8 @@ static int fault_write(struct mm *mm, struct mm_fault *f, const struct region *r
 		f->level = c.level;
 		return KAGE_OK;
 	}
+	if (entry_is_fused(c.entry)) /* H3: whose the frame is, is not looked at */
+		return cow_break(mm, f, &c);
 	r = fault_reuse(mm, f, reg, &c);
 	if (r != KAGE_RETRY)
 		return r;
@@ -408,7 +416,7 @@ static int fault_once(struct mm *mm, struct mm_fault *f, const struct region *re
 	rcu_leave();
 	if (entry_state(l.entry) == ENTRY_POISON)
 		return -EFAULT;
-	if (entry_is_leaf(l.entry) && (l.writable || !exclusive)) {
+	if (entry_is_leaf(l.entry) && (l.writable || (!exclusive && !entry_is_fused(l.entry)))) {
 		f->pfn = l.pfn;
 		f->level = l.level;
 		mm_count(mm, faults_spurious);
@@ -442,7 +450,7 @@ int mm_fault_held(struct mm *mm, struct mm_fault *f, struct brlock_held held)
 	} else {
 		do
 			r = fault_once(mm, f, reg);
-		while (r == FAULT_AGAIN || (r == -ENOMEM && reaps++ < REAPS_MAX && pool_reap(mm->host->pool) > 0));
+		while (r == FAULT_AGAIN || (r == -ENOMEM && reaps++ < REAPS_MAX && mm_reap(mm) > 0));
 	}
 	trace(mm->host->env, fault_done, mm->id, f->gfn.v, r);
 	return r;

@@ -234,7 +234,9 @@ int mm_fault_held(struct mm *mm, struct mm_fault *f, struct brlock_held held);
 /* -- engine access (access.c) -------------------------------------------- */
 
 int mm_read(struct mm *mm, gpa_t gpa, void *buf, size_t len);
-/* The same for a whole page that may be a file's: its holes stay holes. */
+/* The same, and leaves fused pages as they are. */
+int mm_peek(struct mm *mm, gpa_t gpa, void *buf, size_t len);
+/* That for a whole page that may be a file's: its holes stay holes. */
 int mm_read_page(struct mm *mm, gfn_t gfn, void *page);
 /*
  * Writes; before a page is written `written(arg, gpa, len)` may veto nothing but learns of it,

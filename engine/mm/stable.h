@@ -32,6 +32,7 @@ struct stable {
 	uint32_t domain;
 	uint32_t count, promised, room;
 	uint32_t pruned; /* how often */
+	bool fused; /* all entries that map it are (mm/fused.h) */
 	uint64_t *chain; /* where-style pairs; at first `first` */
 	struct defer_node defer;
 	uint64_t first[STABLE_FIRST];

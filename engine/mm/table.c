@@ -27,6 +27,7 @@
  * Locks taken: slot lock, then the lock one level down (then level 0 for blocks).
  */
 #include "mm/table.h"
+#include "mm/fused.h"
 #include "mm/stable.h"
 
 struct lock *table_lock_of(struct family *f, unsigned level, gfn_t gfn)
@@ -229,6 +230,8 @@ static void leaf_drop(struct family *f, entry_t e, unsigned level, gfn_t gfn, st
 	pfn_t pfn = entry_pfn(e);
 
 	if (e & ENTRY_SPECIAL)
+		return;
+	if (entry_is_fused(e) && fused_gone(f->tenant, pfn))
 		return;
 	if (level == 0) {
 		frame_drop(f->host, pfn, dead);

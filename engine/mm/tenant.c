@@ -8,6 +8,7 @@
  */
 #include <kage/engine.h>
 
+#include "mm/fused.h"
 #include "mm/tenant.h"
 
 int tenants_init(struct host *h)
@@ -21,6 +22,7 @@ void tenants_finish(struct host *h)
 	for (unsigned i = 0; h->tenants && i < TENANT_BUCKETS; i++) {
 		for (struct tenant *t = h->tenants->bucket[i], *next; t; t = next) {
 			next = t->next;
+			reserve_free(t->reserve);
 			env_free(h->env, t, sizeof(*t));
 		}
 	}
@@ -83,23 +85,69 @@ void tenant_put(struct tenant *t)
 	lock_drop(&h->ids);
 }
 
-int tenant_configure(struct host *h, uint32_t id, uint32_t flags)
+int tenant_configure(struct host *h, uint32_t id, uint32_t flags, uint32_t frames)
 {
 	struct tenant *t = tenant_lock(h, id);
-	int r = -EBUSY;
+	struct reserve *r = NULL;
 
 	if (!t)
 		return -ENOMEM;
-	if (!t->families) {
-		t->flags = flags;
-		r = 0;
-	}
 	lock_drop(&h->ids);
-	return r;
+	if (flags & KAGE_DOMAIN_HARDENED) {
+		r = reserve_make(t, frames);
+		if (!r)
+			return -ENOMEM;
+	}
+	lock_take(&h->ids);
+	if (t->families) {
+		lock_drop(&h->ids);
+		reserve_free(r);
+		return -EBUSY;
+	}
+	t->flags = flags;
+	SWAP(t->reserve, r);
+	atomic_store(&h->tenants->hardened, atomic_load(&h->tenants->hardened) + (t->reserve != NULL) - (r != NULL));
+	lock_drop(&h->ids);
+	reserve_free(r);
+	return 0;
+}
+
+/* The hardened tenant with the lowest id from `id` on. */
+static struct tenant *hardened_from(struct host *h, uint32_t id)
+{
+	struct tenant *best = NULL;
+
+	lock_take(&h->ids);
+	for (unsigned i = 0; i < TENANT_BUCKETS; i++)
+		for (struct tenant *t = h->tenants->bucket[i]; t; t = t->next)
+			if (t->reserve && t->id >= id && (!best || t->id < best->id))
+				best = t;
+	lock_drop(&h->ids);
+	return best;
+}
+
+void tenants_hardened(struct host *h, void (*fn)(struct tenant *t, void *arg), void *arg)
+{
+	if (atomic_load(&h->tenants->hardened) == 0)
+		return;
+	for (struct tenant *t = hardened_from(h, 0); t; t = hardened_from(h, t->id + 1))
+		fn(t, arg);
+}
+
+static void upkeep(struct tenant *t, void *arg)
+{
+	reserve_upkeep(t->reserve);
+}
+
+void tenants_upkeep(struct host *h)
+{
+	tenants_hardened(h, upkeep, NULL);
 }
 
 pfn_t tenant_zero(struct tenant *t)
 {
+	if (t->reserve)
+		return PFN_NONE; /* all contents alike */
 	if (t->flags & KAGE_DOMAIN_ZERO_SHARED)
 		return PFN_ZERO;
 	if (pfn_is_none(t->zero))

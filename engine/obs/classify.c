@@ -21,6 +21,8 @@ static uint8_t leaf_class(struct mm *mm, const struct mm_lookup *l, gfn_t gfn, c
 	if (l->level > 0) /* blocks lie at home; their frames' metadata stays unread, and so unpopulated */
 		return mm_exclusive(mm, gfn, l) ? KAGE_PAGE_HOME : KAGE_PAGE_CLONE;
 	kind = frame_kind(pfn_frame(mm->host->pool, l->pfn));
+	if (kind == FRAME_STABLE && entry_is_fused(l->entry) && READ_ONCE(pfn_frame(mm->host->pool, l->pfn)->refs) == 1)
+		return KAGE_PAGE_PRIVATE; /* looked at, and alone so far */
 	if (kind == FRAME_STABLE)
 		return KAGE_PAGE_MERGED;
 	if (!mm_exclusive(mm, gfn, l))

@@ -25,6 +25,8 @@ static const char *label_leaf(void *arg, uint64_t entry, unsigned level)
 	const struct primary *p = arg;
 	pfn_t pfn = entry_pfn(entry);
 
+	if (entry_is_fused(entry))
+		return "fused";
 	if (entry & ENTRY_SPECIAL)
 		return pfn_is_zero(pfn) ? "zero" : "device";
 	switch (frame_kind(pfn_frame(p->mm->host->pool, pfn))) {

@@ -3,6 +3,7 @@
  * Counters. Events are counted where they happen (mm_count); what is held is
  * counted here, by classifying every page of every region.
  */
+#include "mm/fused.h"
 #include "mm/region.h"
 #include "mm/stable.h"
 #include "obs/obs.h"
@@ -98,6 +99,12 @@ static void add_guest_figures(struct mm *mm, struct kage_stats *out)
 	out->ksm_general_profit = (int64_t)((out->pages_shared_merge + out->pages_zero) * PAGE_SIZE);
 }
 
+/* The same in a hardened domain, where all that was looked at is fused. */
+static bool fused_alone(const struct mm *mm, const struct mm_lookup *l)
+{
+	return entry_is_fused(l->entry) && READ_ONCE(pfn_frame(mm->host->pool, l->pfn)->refs) == 1;
+}
+
 /* Pages of a guest whose frame is a candidate: looked at, unique so far. */
 static uint64_t count_unshared(struct mm *mm)
 {
@@ -111,7 +118,7 @@ static uint64_t count_unshared(struct mm *mm)
 			rcu_enter();
 			l = mm_lookup(mm, at);
 			unshared += entry_is_leaf(l.entry) && !(l.entry & ENTRY_SPECIAL) &&
-				    candidate_alive(mm->host->pool, l.pfn);
+				    (candidate_alive(mm->host->pool, l.pfn) || fused_alone(mm, &l));
 			rcu_leave();
 		}
 	}
@@ -154,7 +161,7 @@ static int add_guest(struct mm *mm, void *arg)
 
 struct sharing {
 	struct host *h;
-	uint64_t shared, sharing, chain;
+	uint64_t shared, sharing, alone, chain;
 };
 
 static void add_stable(struct stable *s, void *arg)
@@ -162,7 +169,9 @@ static void add_stable(struct stable *s, void *arg)
 	struct sharing *sh = arg;
 	uint64_t refs = READ_ONCE(pfn_frame(sh->h->pool, s->pfn)->refs);
 
-	sh->shared++;
+	/* of a hardened domain: what is a candidate elsewhere */
+	sh->alone += s->fused && refs <= 1;
+	sh->shared += !(s->fused && refs <= 1);
 	sh->sharing += refs ? refs - 1 : 0;
 	sh->chain += sizeof(*s) + (s->room > STABLE_FIRST ? s->room * sizeof(*s->chain) : 0);
 }
@@ -175,7 +184,7 @@ static void add_merge(struct host *h, struct merge *m, struct kage_stats *out)
 	out->ksm_pages_shared = sh.shared;
 	out->ksm_pages_sharing = sh.sharing;
 	out->ksm_zero_pages = out->pages_zero;
-	out->ksm_pages_unshared = candidates_count(&m->candidates, h->pool);
+	out->ksm_pages_unshared = candidates_count(&m->candidates, h->pool) + sh.alone;
 	out->ksm_pages_volatile = atomic_load(&m->volatiles);
 	out->ksm_pages_skipped = atomic_load(&m->skipped);
 	out->ksm_full_scans = atomic_load(&m->passes);
@@ -189,17 +198,26 @@ static void add_pool(struct host *h, struct kage_stats *out)
 	struct pool_stats st;
 
 	pool_stats(h->pool, &st);
-	out->frames_used = st.arena_used - st.arena_tables + pool_home_pages(h->pool);
+	out->frames_used = st.arena_used - st.arena_tables + pool_home_pages(h->pool) - out->frames_reserve;
 	out->frames_table = st.arena_tables;
 	out->frames_free = st.arena_free;
 	out->frames_pending = st.pending;
 	out->bytes_metadata = st.metadata_bytes;
 }
 
+static void add_reserve(struct tenant *t, void *arg)
+{
+	struct kage_stats *out = arg;
+
+	out->frames_reserve += READ_ONCE(t->reserve->count);
+	out->references_noted += READ_ONCE(t->reserve->noted);
+}
+
 void obs_engine(struct host *h, struct merge *m, struct kage_stats *out)
 {
 	add_counters(&h->retired, out);
 	host_each_mm(h, add_guest, out);
+	tenants_hardened(h, add_reserve, out);
 	add_merge(h, m, out);
 	add_pool(h, out);
 }

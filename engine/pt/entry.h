@@ -42,6 +42,9 @@ static inline entry_t entry_state(entry_t e) { return e & ENTRY_STATE_MASK; }
 static inline bool entry_is_leaf(entry_t e) { return entry_state(e) == ENTRY_LEAF; }
 static inline bool entry_is_table(entry_t e) { return entry_state(e) == ENTRY_TABLE; }
 static inline bool entry_is_none(entry_t e) { return entry_state(e) == ENTRY_NONE; }
+/* A leaf without R is fused: a page that hardened merging has looked at (mm/fused.h). It counts as any other. */
+static inline entry_t entry_fused(pfn_t pfn) { return ENTRY_LEAF | pfn.v << PAGE_SHIFT; }
+static inline bool entry_is_fused(entry_t e) { return (e & (ENTRY_STATE_MASK | ENTRY_R)) == ENTRY_LEAF; }
 static inline pfn_t entry_pfn(entry_t e) { return PFN((e & ENTRY_PFN_MASK) >> PAGE_SHIFT); }
 
 #endif

@@ -57,7 +57,7 @@ static bool primary_agrees(struct shadow *s, gfn_t gfn, pfn_t pfn, uint32_t righ
 	rcu_enter();
 	l = mm_lookup(s->mm, gfn);
 	r = mm_region(s->mm, gfn);
-	ok = r && entry_is_leaf(l.entry) && pfn_eq(l.pfn, pfn) && !(rights & ~r->prot) &&
+	ok = r && entry_is_leaf(l.entry) && !entry_is_fused(l.entry) && pfn_eq(l.pfn, pfn) && !(rights & ~r->prot) &&
 	     (l.writable || !(rights & KAGE_WRITE));
 	rcu_leave();
 	return ok;

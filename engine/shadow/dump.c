@@ -161,7 +161,7 @@ static int read_guest_memory(void *arg, uint64_t addr, unsigned bytes, uint64_t 
 	if (addr >> KAGE_GPA_BITS)
 		return -EFAULT;
 	*entry = 0;
-	return mm_read(s->mm, GPA(addr), entry, bytes) ? -EFAULT : 0;
+	return mm_peek(s->mm, GPA(addr), entry, bytes) ? -EFAULT : 0;
 }
 
 int shadow_dump_guest(struct shadow *s, bool json, int (*put)(void *arg, const char *text, size_t len),

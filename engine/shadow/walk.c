@@ -29,7 +29,7 @@ const void *table_map(struct shadow *s, gfn_t gfn)
 	if (gfn.v >> GFN_BITS)
 		return NULL;
 	l = mm_lookup(s->mm, gfn);
-	if (!entry_is_leaf(l.entry) || pfn_is_none(l.pfn))
+	if (!entry_is_leaf(l.entry) || entry_is_fused(l.entry) || pfn_is_none(l.pfn))
 		return NULL;
 	/* the host kernel may have given the guest a page of its own; a fault brings it home */
 	if (!l.writable && mm_native(s->mm)) {
@@ -109,7 +109,7 @@ static int read_quietly(void *arg, uint64_t gpa, unsigned bytes, uint64_t *entry
 	if (gpa >> KAGE_GPA_BITS)
 		return -EFAULT;
 	*entry = 0;
-	r = mm_read(cpu->shadow->mm, GPA(gpa), entry, bytes);
+	r = mm_peek(cpu->shadow->mm, GPA(gpa), entry, bytes);
 	return r == KAGE_MMIO ? -EFAULT : r;
 }
 

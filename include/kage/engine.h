@@ -191,12 +191,38 @@ enum kage_domain_flags {
 	 * has no frame of the pool yet, whatever the domain.)
 	 */
 	KAGE_DOMAIN_ZERO_SHARED = 1u << 0,
+	/**
+	 * Merging between guests that do not trust each other: how long an access
+	 * takes does not tell whether another guest of the domain holds the same
+	 * contents. After M. Oliverio, K. Razavi, H. Bos, C. Giuffrida, "Secure Page
+	 * Fusion with VUsion", SOSP 2017.
+	 *
+	 * A page that merging looks at is out of its guest's reach afterwards, whether
+	 * it was merged or not. The first access to it, a read too, takes one and
+	 * the same path, at the price of a COW break: contents are copied to a
+	 * frame that is drawn at random, which is the guest's own. Frames that pages are merged into
+	 * are drawn in the same way. kage_vm_read() counts as an access, as device models read
+	 * on behalf of guests; kage_page_digest(), kage_census_take() and dumps do not. Pages of zeroes
+	 * are merged as any other contents (so not with ZERO_SHARED: -EINVAL).
+	 *
+	 * Guests of such a domain cannot be attached to KVM (kage_kvm_attach() returns -EOPNOTSUPP).
+	 * What this protects against, and what not: engine/README.md, "Tenants".
+	 */
+	KAGE_DOMAIN_HARDENED = 1u << 1,
 };
 
 /** What a merge domain (kage_vm_config.merge_domain) is like. All fields are taken as they are. */
 struct kage_domain_config {
 	uint32_t size;
 	uint32_t flags; /**< enum kage_domain_flags */
+	/**
+	 * HARDENED: frames that are kept for draws, 64 to 2^20; log2 of it is the entropy of a draw. Merging
+	 * waits until there is memory for all of them, and says so in the log; guests' accesses
+	 * need none but that of a COW break, and may use the reserve when memory is short. 0: 32,768 (128 MiB, 15 bits, as VUsion's),
+	 * or a sixteenth of memory_limit if that is less, but at least 64. Else must be 0.
+	 */
+	uint32_t reserve_frames;
+	uint32_t reserved; /**< must be 0 */
 };
 
 /**
@@ -205,7 +231,7 @@ struct kage_domain_config {
  * except for the one frame that KAGE_DOMAIN_ZERO_SHARED names, and contents
  * are hashed with a secret of each domain's own (see kage_engine_config.seed).
  *
- * Returns KAGE_OK, -EINVAL (domain or flags), -E2BIG, -ENOMEM, -EBUSY (guests
+ * Returns KAGE_OK, -EINVAL (domain, flags or reserve_frames), -E2BIG, -ENOMEM, -EBUSY (guests
  * live in the domain; nothing is changed). Any thread.
  */
 KAGE_API int kage_domain_configure(struct kage_engine *engine, uint32_t domain,

@@ -74,6 +74,10 @@ struct kage_stats {
 
 	/* KVM: of the pages above, those in memory of the host kernel's, outside of the pool (kvm.h) */
 	uint64_t pages_host_private;
+
+	/* hardened domains (enum kage_domain_flags) */
+	uint64_t frames_reserve; /**< frames kept for draws; not among frames_used */
+	uint64_t references_noted; /**< that broken pages had, and the next step lets go of */
 };
 
 /**

@@ -45,7 +45,7 @@ SIZE(kage_alloc, 24);
 FIRST(kage_budget, 24);
 FIRST(kage_progress, 40);
 FIRST(kage_tune, 16);
-FIRST(kage_domain_config, 8);
+FIRST(kage_domain_config, 16);
 FIRST(kage_audit, 40);
 FIRST(kage_vm_config, 16);
 FIRST(kage_region, 64);

@@ -87,7 +87,7 @@ FNR == 1 {
 	in_comment = 0
 	fn = ""
 	file = short(FILENAME)
-	is_base = FILENAME == "engine/base/base.h"
+	is_base = FILENAME == "engine/base/base.h" || FILENAME == "engine/base/cache.h" # orders accesses; empties caches
 	is_inline = FILENAME == "include/kage/vcpu.h"
 }
 {

@@ -1,16 +1,19 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Merge domains: what guests of one share and those of two do not.
+ * Merge domains: what guests of one share and those of two do not; hardened ones, rule by rule (mm/fused.h).
  */
 #include <check.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 
 #include <kage/kage.h>
 #include "api/engine.h"
 #include "api/vm.h"
+#include "base/trace.h"
+#include "mm/fused.h"
 #include "mm/table.h"
 #include "mm/tenant.h"
 
@@ -221,6 +224,443 @@ START_TEST(configured_before_guests)
 }
 END_TEST
 
+/* -- hardened domains -------------------------------------------------------------- */
+
+#define HARD 7u
+#define FRAMES 64u
+
+static void harden(uint32_t frames)
+{
+	ck_assert_int_eq(kage_domain_configure(engine, HARD, KAGE_CFG(kage_domain_config, .flags = KAGE_DOMAIN_HARDENED,
+								       .reserve_frames = frames)), 0);
+}
+
+static struct kage_vcpu *vcpu(struct kage_vm *vm)
+{
+	struct kage_vcpu *v;
+
+	ck_assert_int_eq(kage_vcpu_create(vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI), &v), 0);
+	return v;
+}
+
+static uint64_t load(struct kage_vcpu *v, unsigned page)
+{
+	uint64_t word = 0;
+
+	ck_assert_int_eq(kage_vcpu_load(v, (uint64_t)page * PAGE, &word, 8, NULL), 0);
+	return word;
+}
+
+static void store(struct kage_vcpu *v, unsigned page, uint64_t word)
+{
+	ck_assert_int_eq(kage_vcpu_store(v, (uint64_t)page * PAGE, &word, 8, NULL), 0);
+}
+
+static bool fused(struct kage_vm *vm, unsigned page)
+{
+	return entry_is_fused(look(vm, page).entry);
+}
+
+static struct kage_stats stats(struct kage_vm *vm)
+{
+	struct kage_stats s = { .size = sizeof(s) };
+
+	ck_assert_int_eq(kage_stats_get(engine, vm, &s), 0);
+	return s;
+}
+
+static struct reserve *reserve(struct kage_vm *vm)
+{
+	return vm->mm.family->tenant->reserve;
+}
+
+START_TEST(hardened_is_configured)
+{
+	struct kage_domain_config c = { .size = sizeof(c), .flags = KAGE_DOMAIN_HARDENED };
+	static const uint32_t wrong[] = { 1, 63, (1u << 20) + 1 };
+
+	for (unsigned i = 0; i < 3; i++) {
+		c.reserve_frames = wrong[i];
+		ck_assert_int_eq(kage_domain_configure(engine, HARD, &c), -EINVAL);
+	}
+	c.reserve_frames = 64;
+	ck_assert_int_eq(kage_domain_configure(engine, HARD, &c), 0);
+	c.flags |= KAGE_DOMAIN_ZERO_SHARED;
+	ck_assert_int_eq(kage_domain_configure(engine, HARD, &c), -EINVAL);
+	c.flags = 0;
+	ck_assert_int_eq(kage_domain_configure(engine, HARD, &c), -EINVAL);
+	c.reserve_frames = 0;
+	ck_assert_int_eq(kage_domain_configure(engine, HARD, &c), 0);
+	c.flags = KAGE_DOMAIN_HARDENED;
+	ck_assert_int_eq(kage_domain_configure(engine, HARD, &c), 0);
+	struct kage_vm *vm = guest(HARD);
+	ck_assert_uint_eq(reserve(vm)->want, RESERVE_FRAMES_DEFAULT);
+	kage_vm_destroy(vm);
+}
+END_TEST
+
+/* Merged, equal within one guest, alone, zero: after a pass none can be told by what it maps, nor reached. */
+START_TEST(hardened_pages_are_out_of_reach)
+{
+	struct kage_vm *a, *b;
+	struct kage_vcpu *v;
+	pfn_t was[6], now[6];
+
+	harden(FRAMES);
+	a = guest(HARD);
+	b = guest(HARD);
+	v = vcpu(a);
+	put(b, 0, 5);
+	for (unsigned i = 0; i < 6; i++) {
+		put(a, i, i == 0 ? 5 : i < 3 ? 77 : i == 3 ? 0 : 100 + i);
+		load(v, i); /* a translation is cached */
+		was[i] = look(a, i).pfn;
+	}
+	merge();
+	for (unsigned i = 0; i < 6; i++) {
+		ck_assert(fused(a, i));
+		ck_assert_uint_eq(look(a, i).entry & (ENTRY_R | ENTRY_W | ENTRY_X | ENTRY_SPECIAL), 0);
+		now[i] = look(a, i).pfn;
+		ck_assert_int_eq(frame_kind(pfn_frame(engine->pool, now[i])), FRAME_STABLE);
+		for (unsigned j = 0; j < 6; j++) /* J2: nobody's own frame, also not that of the first of equals */
+			ck_assert(!pfn_eq(now[i], was[j]));
+	}
+	ck_assert(pfn_eq(now[0], look(b, 0).pfn));
+	ck_assert(pfn_eq(now[1], now[2]));
+	ck_assert(!pfn_is_zero(now[3]));
+	ck_assert_uint_eq(stats(NULL).ksm_pages_shared, 2);
+	ck_assert_uint_eq(stats(NULL).ksm_pages_sharing, 2);
+	ck_assert_uint_eq(stats(NULL).ksm_pages_unshared, 3);
+	for (unsigned i = 0; i < 6; i++) {
+		uint64_t faults = stats(a).faults;
+
+		ck_assert_uint_eq(load(v, i), i == 0 ? 5 : i < 3 ? 77 : i == 3 ? 0 : 100 + i);
+		ck_assert_uint_eq(stats(a).faults, faults + 1);
+		ck_assert(look(a, i).writable && !pfn_eq(look(a, i).pfn, now[i]));
+		store(v, i, 1); /* has it, whatever it was: no more faults than a page of its own costs */
+		ck_assert_uint_eq(stats(a).cow_breaks, i + 1);
+	}
+	audit();
+	kage_vcpu_destroy(v);
+	kage_vm_destroy(a);
+	kage_vm_destroy(b);
+}
+END_TEST
+
+struct steps {
+	unsigned n;
+	uint16_t event[64];
+	uint64_t c[64];
+	struct kage_stats d; /* what counters grew by */
+};
+
+/* Everything that one access does, as the event ring and the counters have it. */
+static struct steps steps_of(struct kage_vm *vm, struct kage_vcpu *v, unsigned page, bool write)
+{
+	struct trace_ring *ring = calloc(1, sizeof(*ring) + 64 * sizeof(struct trace_record));
+	struct kage_stats before, after;
+	struct steps s = { 0 };
+
+	before = stats(NULL);
+	ring->size = 64;
+	engine->env.trace = ring;
+	if (write)
+		store(v, page, 1);
+	else
+		load(v, page);
+	engine->env.trace = NULL;
+	after = stats(NULL);
+	ck_assert_uint_le(ring->head, 64);
+	for (; s.n < ring->head; s.n++) {
+		s.event[s.n] = ring->rec[s.n].event;
+		s.c[s.n] = s.event[s.n] == TRACE_shadow_drop ? 0 : ring->rec[s.n].c; /* that is where */
+	}
+	free(ring);
+	for (unsigned i = 1; i < sizeof(after) / 8; i++)
+		((uint64_t *)&s.d)[i] = ((uint64_t *)&after)[i] - ((uint64_t *)&before)[i];
+	return s;
+}
+
+/* Reads and writes, of merged pages and of those that are alone: event for event, count for count. */
+START_TEST(hardened_accesses_take_one_path)
+{
+	struct kage_vm *a, *b;
+	struct kage_vcpu *v;
+	struct steps s[4];
+
+	harden(FRAMES);
+	a = guest(HARD);
+	b = guest(HARD);
+	v = vcpu(a);
+	for (unsigned i = 0; i < 8; i++) {
+		put(a, i, 20 + i);
+		put(b, i, i % 2 ? 20 + i : 40 + i); /* odd pages have their like */
+	}
+	merge();
+	load(v, 6); /* the first fault of all makes shadow tables */
+	for (unsigned i = 0; i < 4; i++)
+		s[i] = steps_of(a, v, i, i >= 2);
+	ck_assert_uint_gt(s[0].n, 4);
+	ck_assert_uint_eq(s[0].d.cow_breaks, 1);
+	ck_assert_uint_eq(s[0].d.references_noted, 1);
+	ck_assert_uint_eq(s[0].d.frames_pending, 0);
+	ck_assert_uint_eq(s[0].d.frames_used, 1);
+	for (unsigned i = 1; i < 4; i++) {
+		ck_assert_uint_eq(s[i].n, s[0].n);
+		ck_assert_mem_eq(s[i].event, s[0].event, sizeof(s[0].event));
+		ck_assert_mem_eq(s[i].c, s[i & 2].c, sizeof(s[0].c)); /* some say what the access was */
+		ck_assert_uint_eq(s[i].d.faults, s[0].d.faults);
+		ck_assert_uint_eq(s[i].d.faults_spurious, s[0].d.faults_spurious);
+		ck_assert_uint_eq(s[i].d.changes, s[0].d.changes);
+		ck_assert_uint_eq(s[i].d.cow_breaks, s[0].d.cow_breaks);
+		ck_assert_uint_eq(s[i].d.cow_reused, s[0].d.cow_reused);
+		ck_assert_uint_eq(s[i].d.references_noted, s[0].d.references_noted);
+		ck_assert_uint_eq(s[i].d.frames_pending, s[0].d.frames_pending);
+		ck_assert_uint_eq(s[i].d.frames_used, s[0].d.frames_used);
+		ck_assert_uint_eq(s[i].d.frames_reserve, 0);
+	}
+	audit(); /* with references noted */
+	ck_assert_int_eq(kage_engine_step(engine, NULL, NULL), 0);
+	ck_assert_uint_eq(stats(NULL).references_noted, 0);
+	kage_vcpu_destroy(v);
+	kage_vm_destroy(a);
+	kage_vm_destroy(b);
+}
+END_TEST
+
+/* Draws are spread over the reserve, and what was just freed is drawn as rarely as anything else. */
+START_TEST(hardened_draws_are_random)
+{
+	struct kage_vm *a;
+	struct reserve *r;
+	unsigned seen[FRAMES] = { 0 }, again = 0, draws = 200 * FRAMES;
+	pfn_t last[2] = { PFN_NONE, PFN_NONE }, before[FRAMES];
+	double chi = 0;
+
+	harden(FRAMES);
+	a = guest(HARD);
+	ck_assert_int_eq(kage_engine_step(engine, NULL, NULL), 0);
+	r = reserve(a);
+	ck_assert(reserve_full(r));
+	for (unsigned i = 0; i < draws; i++) {
+		pfn_t got;
+		unsigned at = 0;
+
+		memcpy(before, r->frame, sizeof(before));
+		ck_assert_int_eq(reserve_draw(r, false, &got), 0);
+		while (at < FRAMES && !pfn_eq(before[at], got))
+			at++;
+		ck_assert_uint_lt(at, FRAMES);
+		ck_assert(!pfn_eq(r->frame[at], got));
+		ck_assert_uint_eq(r->count, FRAMES);
+		seen[at]++;
+		again += pfn_eq(got, last[1]);
+		last[1] = last[0];
+		last[0] = got;
+		arena_free(engine->pool, got); /* what a guest would like to see used next */
+	}
+	for (unsigned i = 0; i < FRAMES; i++)
+		chi += (seen[i] - 200.0) * (seen[i] - 200.0) / 200.0;
+	/* 63 degrees of freedom: 63 on average, deviation 11.2; and 200 of 12,800 draws, deviation 14 */
+	ck_assert_double_gt(chi, 63 - 5 * 11.2);
+	ck_assert_double_lt(chi, 63 + 7 * 11.2);
+	ck_assert_uint_gt(again, 200 - 6 * 14);
+	ck_assert_uint_lt(again, 200 + 6 * 14);
+	kage_vm_destroy(a);
+	ck_assert_int_eq(kage_engine_step(engine, NULL, NULL), 0);
+	ck_assert_uint_eq(stats(NULL).frames_reserve, 0); /* nobody lives there any more */
+}
+END_TEST
+
+static unsigned told;
+
+static void count_line(void *opaque, int level, const char *line)
+{
+	told += strstr(line, "frames in the reserve") != NULL && level == KAGE_LOG_WARN;
+}
+
+/* No memory for the reserve: no merging, one line in the log, and guests run. */
+START_TEST(hardened_without_memory)
+{
+	struct kage_vm *a;
+	struct kage_vcpu *v;
+	struct reserve *r;
+
+	told = 0;
+	ck_assert_int_eq(kage_engine_create(KAGE_CFG(kage_engine_config, .memory_limit = 4u << 20, .log = count_line),
+					    &engine), 0);
+	ck_assert_int_eq(kage_engine_tune(engine, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE)), 0);
+	harden(4096); /* four times the limit */
+	a = guest(HARD);
+	put(a, 0, 1);
+	put(a, 1, 1);
+	merge();
+	ck_assert_uint_eq(told, 1);
+	ck_assert(!fused(a, 0) && !fused(a, 1));
+	ck_assert_uint_eq(stats(NULL).ksm_merges, 0);
+	v = vcpu(a);
+	store(v, 2, 3);
+	ck_assert_uint_eq(load(v, 0), 1);
+	kage_vcpu_destroy(v);
+	kage_vm_destroy(a);
+	merge();
+
+	/* Enough for it at first; then others take all there is, and breaks draw on it. */
+	harden(FRAMES);
+	a = guest(HARD);
+	for (unsigned i = 0; i < PAGES; i++)
+		put(a, i, i / 2);
+	merge();
+	r = reserve(a);
+	ck_assert_uint_eq(r->count, FRAMES);
+	while (pool_charge(engine->pool, 1, 0) == 0)
+		told++;
+	told -= 1;
+	for (unsigned i = 0; i < PAGES; i++) {
+		uint64_t word;
+
+		ck_assert(fused(a, i));
+		ck_assert_int_eq(kage_vm_read(a, i * PAGE, &word, 8), 0);
+		ck_assert_uint_eq(word, i / 2);
+		ck_assert(!fused(a, i));
+	}
+	ck_assert_uint_eq(r->count, FRAMES - PAGES);
+	pool_uncharge(engine->pool, told);
+	merge();
+	ck_assert_uint_eq(r->count, FRAMES);
+	ck_assert(fused(a, 3));
+	kage_vm_destroy(a);
+	ck_assert_int_eq(kage_engine_destroy(engine), 0);
+}
+END_TEST
+
+/* A block is split because a page of it was quiet, whether it has its like or not. */
+START_TEST(hardened_splits_blocks_alike)
+{
+	struct kage_vm *vm[2];
+	uint64_t split[2];
+
+	harden(FRAMES);
+	for (unsigned i = 0; i < 2; i++) {
+		ck_assert_int_eq(kage_vm_create(engine, KAGE_CFG(kage_vm_config, .merge_domain = HARD), &vm[i]), 0);
+		ck_assert_int_eq(kage_vm_map(vm[i], KAGE_CFG(kage_region, .len = 8 << 20, .flags = KAGE_REGION_MERGEABLE)), 0);
+		put(vm[i], 0, 3);        /* equal */
+		put(vm[i], 512, 10 + i); /* not */
+		put(vm[i], 1024 + i, 4); /* equal, elsewhere */
+		ck_assert_uint_ge(look(vm[i], 512).level, 1);
+	}
+	merge();
+	for (unsigned i = 0; i < 2; i++) {
+		split[i] = stats(vm[i]).blocks_split;
+		ck_assert_uint_ge(split[i], 3);
+		ck_assert(fused(vm[i], 0) && fused(vm[i], 512) && fused(vm[i], 1024 + i));
+		ck_assert_uint_eq(look(vm[i], 1536).level, look(vm[1 - i], 1536).level);
+	}
+	ck_assert_uint_eq(split[0], split[1]);
+	kage_vm_destroy(vm[0]);
+	kage_vm_destroy(vm[1]);
+}
+END_TEST
+
+/* Pins, reads by the VMM, digests, advice, discarding: who breaks, and who looks on. */
+START_TEST(hardened_and_the_vmm)
+{
+	struct kage_digest d[2];
+	struct iovec iov[2];
+	struct kage_vm *a;
+	unsigned n = 2;
+	uint64_t word;
+
+	harden(FRAMES);
+	a = guest(HARD);
+	for (unsigned i = 0; i < PAGES; i++)
+		put(a, i, 1 + i / 2);
+	merge();
+	ck_assert_int_eq(kage_page_digest(a, 0, 2 * PAGE, d), 0);
+	ck_assert_mem_eq(&d[0], &d[1], sizeof(d[0]));
+	ck_assert(fused(a, 0) && fused(a, 1));
+	ck_assert_int_eq(kage_vm_read(a, 0, &word, 8), 0);
+	ck_assert(!fused(a, 0) && fused(a, 1));
+	ck_assert_int_eq(kage_vm_pin(a, 2 * PAGE, PAGE, 0, iov, &n), 0);
+	ck_assert_uint_eq(*(uint64_t *)iov[0].iov_base, 2);
+	merge();
+	ck_assert(fused(a, 0)); /* quiet again */
+	ck_assert(!fused(a, 2));
+	ck_assert_int_eq(kage_vm_unpin(a, 2 * PAGE, PAGE), 0);
+	ck_assert_int_eq(kage_vm_advise(a, 4 * PAGE, 2 * PAGE, KAGE_ADVICE_UNMERGEABLE), 0);
+	ck_assert(!fused(a, 4) && !fused(a, 5));
+	ck_assert_int_eq(kage_vm_advise(a, 6 * PAGE, 2 * PAGE, KAGE_ADVICE_DISCARD), 0);
+	ck_assert_uint_ge(stats(NULL).references_noted, 2);
+	audit();
+	ck_assert_int_eq(kage_vm_unmap(a, 8 * PAGE, 2 * PAGE), 0);
+	merge();
+	ck_assert(!fused(a, 4));
+	ck_assert_int_eq(kage_vm_read(a, 6 * PAGE, &word, 8), 0);
+	ck_assert_uint_eq(word, 0);
+	kage_vm_destroy(a);
+}
+END_TEST
+
+/* Entries in tables that clones share: each side breaks its own. */
+START_TEST(hardened_clones)
+{
+	struct kage_vm *vm[3];
+
+	harden(FRAMES);
+	vm[0] = guest(HARD);
+	for (unsigned i = 0; i < PAGES; i++)
+		put(vm[0], i, 1 + i / 2);
+	merge();
+	ck_assert_int_eq(kage_vm_clone(vm[0], NULL, &vm[1]), 0);
+	audit();
+	for (unsigned i = 0; i < PAGES; i++)
+		ck_assert(fused(vm[1], i));
+	for (unsigned g = 0; g < 2; g++)
+		for (unsigned i = g; i < PAGES; i += 2) {
+			uint64_t word;
+
+			ck_assert_int_eq(kage_vm_read(vm[g], i * PAGE, &word, 8), 0);
+			ck_assert_uint_eq(word, 1 + i / 2);
+			ck_assert(!fused(vm[g], i) && fused(vm[1 - g], i));
+		}
+	audit();
+	put(vm[0], 3, 99);
+	ck_assert_int_eq(kage_vm_clone(vm[0], NULL, &vm[2]), 0);
+	merge(); /* frames that clones share are fused in both */
+	for (unsigned i = 0; i < PAGES; i++)
+		ck_assert(fused(vm[0], i) && fused(vm[2], i) && pfn_eq(look(vm[0], i).pfn, look(vm[2], i).pfn));
+	for (unsigned g = 0; g < 3; g++)
+		kage_vm_destroy(vm[g]);
+}
+END_TEST
+
+/* More references than there is room to note: nothing is lost. */
+START_TEST(hardened_notes_run_over)
+{
+	uint64_t pages = NOTED_MAX + NOTED_MAX / 2;
+	struct kage_vm *a;
+
+	harden(FRAMES);
+	ck_assert_int_eq(kage_vm_create(engine, KAGE_CFG(kage_vm_config, .merge_domain = HARD), &a), 0);
+	ck_assert_int_eq(kage_vm_map(a, KAGE_CFG(kage_region, .len = pages * PAGE, .flags = KAGE_REGION_MERGEABLE)), 0);
+	for (uint64_t i = 0; i < pages; i++)
+		put(a, i, 1 + i / 2);
+	merge();
+	ck_assert_uint_eq(stats(a).pages_shared_merge, pages);
+	ck_assert_int_eq(kage_vm_advise(a, 0, (pages - 64) * PAGE, KAGE_ADVICE_DISCARD), 0);
+	ck_assert_uint_eq(stats(NULL).references_noted, NOTED_MAX);
+	audit();
+	for (uint64_t i = pages - 64; i < pages; i++) {
+		uint64_t word;
+
+		ck_assert_int_eq(kage_vm_read(a, i * PAGE, &word, 8), 0);
+		ck_assert_uint_eq(word, 1 + i / 2);
+	}
+	audit();
+	kage_vm_destroy(a);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *s = suite_create("tenant");
@@ -238,9 +678,18 @@ int main(void)
 		tcase_add_test(tc, zeroes_stay_in_their_domain);
 		tcase_add_test(tc, zero_frames_run_out);
 		tcase_add_test(tc, configured_before_guests);
+		tcase_add_test(tc, hardened_is_configured);
+		tcase_add_test(tc, hardened_pages_are_out_of_reach);
+		tcase_add_test(tc, hardened_accesses_take_one_path);
+		tcase_add_test(tc, hardened_draws_are_random);
+		tcase_add_test(tc, hardened_splits_blocks_alike);
+		tcase_add_test(tc, hardened_and_the_vmm);
+		tcase_add_test(tc, hardened_clones);
+		tcase_add_test(tc, hardened_notes_run_over);
 		suite_add_tcase(s, tc);
 	}
 	tcase_add_test(bare, salts_are_a_domains_own);
+	tcase_add_test(bare, hardened_without_memory);
 	suite_add_tcase(s, bare);
 	sr = srunner_create(s);
 	srunner_set_fork_status(sr, CK_NOFORK);

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Hardened merging: what a guest can time says nothing about what others hold.
+ * After M. Oliverio, K. Razavi, H. Bos, C. Giuffrida, "Secure Page Fusion with
+ * VUsion", SOSP 2017, whose two rules are
+ *
+ *  - share xor fetch: a page that merging has looked at, merged or not, is out of
+ *    its guest's reach. The first read, write or fetch of it takes one path, which
+ *    gives it a frame of its own.
+ *  - frames for merging and for that path are drawn at random: which memory cells a guest's
+ *    contents come to lie in is nobody's choice.
+ *
+ *   quiet page ── hash ──► equal stable frame? ── yes: its entries map that one ─┐
+ *                          └─ no: a frame from the reserve, contents copied,     ├─► fused entries
+ *                             stable, with one user                             ─┘
+ *   first access ─► mm_fault(): a frame from the reserve, contents copied; the reference on the
+ *                   old one is noted, and let go of in a step
+ *
+ * A *fused* entry is a leaf without R. All that it can map is a stable frame.
+ *
+ * Invariants:
+ *  H1  a fused entry is of level 0, without W and X, maps a STABLE frame, and that is mapped by fused
+ *      entries alone. Hardened domains have no other stable frames, nor candidates.
+ *  H2  no secondary MMU has a translation made of a fused entry: mm_fault() answers
+ *      with it to nobody.
+ *  H3  what a fault does to a fused entry depends on nothing but the entry and the contents it copies:
+ *      not on the frame's metadata (references, chain), which it does not even read, nor on whether
+ *      the frame is in a cache: whoever has read one flushes it.
+ *  H4  refs of a stable frame == entries that map it + references noted here.
+ *  H5  a frame of the reserve is of the domain's arena, FRAME_RESERVED, and in one place.
+ *
+ * Locks: reserve->lock, inside of table locks; nothing is taken inside of it.
+ */
+#ifndef KAGE_MM_FUSED_H
+#define KAGE_MM_FUSED_H
+
+#include "mm/mm.h"
+#include "mm/tenant.h"
+
+#define RESERVE_FRAMES_MIN 64u
+#define RESERVE_FRAMES_MAX (1u << 20)
+/* As VUsion's: a frame that was given back is the one handed out next in one of 32,768 cases. 128 MiB. */
+#define RESERVE_FRAMES_DEFAULT (1u << 15)
+#define NOTED_MAX 16384u
+
+/* Frames to draw from, and references to let go of, of one hardened tenant. */
+struct reserve {
+	struct lock lock;
+	struct random random;
+	struct tenant *tenant;
+	uint32_t want;  /* frames that it is to hold; log2 is the entropy of a draw */
+	_Atomic uint32_t count;
+	bool told;      /* the log has heard that it is not full */
+	bool used;      /* it has been full: pages are fused, and their breaks draw on it. Until then it holds all or nothing */
+	pfn_t *frame;   /* room for `want` */
+	_Atomic uint32_t noted;
+	pfn_t *note;    /* NOTED_MAX */
+};
+
+/* NULL: no memory. */
+struct reserve *reserve_make(struct tenant *t, uint32_t want);
+void reserve_free(struct reserve *r);
+/* Notes are let go of, the reserve is filled, or emptied if no guest is left. Any thread; no lock held. */
+void reserve_upkeep(struct reserve *r);
+/* Lets go of what is noted. Returns how many references. No table lock held. */
+uint64_t reserve_settle(struct reserve *r);
+static inline bool reserve_full(const struct reserve *r)
+{
+	return atomic_load_explicit(&r->count, memory_order_relaxed) >= r->want;
+}
+
+/*
+ * A random frame of the reserve, which gets another one in its place. `must`: if none is to
+ * be had, the reserve shrinks. Kind RESERVED, one reference. -ENOMEM.
+ */
+int reserve_draw(struct reserve *r, bool must, pfn_t *out);
+/* The same for a page of the mm, private to it: layer_frame() for whoever breaks a fused entry. */
+int fused_frame(struct mm *mm, gfn_t gfn, pfn_t *out);
+/* A fused entry is gone: its reference goes later. False: there is no room to note it; let go of it now. */
+bool fused_gone(struct tenant *t, pfn_t pfn);
+/* A stable frame of a hardened tenant has been read. */
+void fused_was_read(const struct pool *pool, pfn_t pfn);
+
+/* What waits for a step, given back now: for who is short of frames. */
+uint64_t mm_reap(struct mm *mm);
+
+#endif
