@@ -35,7 +35,7 @@ static void audit_guest_side(struct shadow *s, struct shadow_page *p, unsigned i
 	if (p->unsync)
 		return;
 	rcu_enter();
-	table = table_map(s, p->gfn);
+	table = table_peek(s, p->gfn);
 	same = table && guest_entry(s, p, i, table_entry(p, table, i), &g) && same_target(s, p, i, &g);
 	rcu_leave();
 	CHECK(a, same, "shadow %u (table gfn %#llx level %u): entry %u is not what the guest's says", p->id,

@@ -377,6 +377,8 @@ static inline struct pt_rights guest_rights(spte_t guest)
 
 /* The frame's contents, inside rcu_enter(): NULL if its page is not present. */
 const void *table_map(struct shadow *s, gfn_t gfn);
+/* The same, in hardened domains too where the page has been merged: for who only compares. */
+const void *table_peek(struct shadow *s, gfn_t gfn);
 /* No accessed or dirty bit can be set in it (walk.c G2). */
 bool table_readonly(struct shadow *s, gfn_t gfn);
 /* The root for an address, or -1: no walk is needed to tell that the guest faults, *fault says how. */

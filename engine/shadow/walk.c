@@ -22,14 +22,14 @@
 #include "mm/mirror.h"
 #include "shadow/internal.h"
 
-const void *table_map(struct shadow *s, gfn_t gfn)
+const void *table_peek(struct shadow *s, gfn_t gfn)
 {
 	struct mm_lookup l;
 
 	if (gfn.v >> GFN_BITS)
 		return NULL;
 	l = mm_lookup(s->mm, gfn);
-	if (!entry_is_leaf(l.entry) || entry_is_fused(l.entry) || pfn_is_none(l.pfn))
+	if (!entry_is_leaf(l.entry) || pfn_is_none(l.pfn))
 		return NULL;
 	/* the host kernel may have given the guest a page of its own; a fault brings it home */
 	if (!l.writable && mm_native(s->mm)) {
@@ -39,6 +39,12 @@ const void *table_map(struct shadow *s, gfn_t gfn)
 			return NULL;
 	}
 	return pfn_hva(s->mm->host->pool, l.pfn);
+}
+
+const void *table_map(struct shadow *s, gfn_t gfn)
+{
+	/* a walk is an access: hardened merging has put the page out of its reach, a fault brings it back */
+	return gfn.v >> GFN_BITS || !entry_is_fused(mm_lookup(s->mm, gfn).entry) ? table_peek(s, gfn) : NULL;
 }
 
 bool table_readonly(struct shadow *s, gfn_t gfn)

@@ -112,7 +112,7 @@ struct kage_kvm_config {
  * Returns KAGE_OK; -EINVAL (arguments, a descriptor that is no VM, an engine
  * without KAGE_BACKING_MEMFD); -E2BIG; -EBUSY (it is attached, or a log of accessed pages is open, or a page is pinned
  * whose `granule` is not in one piece: unpin it, attach, and pin it then); -EOPNOTSUPP (a
- * policy or a region that this kernel cannot do, and the log says what is
+ * policy or a region that this kernel cannot do, a guest of a hardened merge domain, and the log says what is
  * missing; an engine with a memory limit, but for regions that trap; a confidential guest); -ENOSPC (no slot is left);
  * -EAGAIN (of a `granule` in a region that traps some pages have been fetched and others not: `touch` was called for
  * those, and said KAGE_WAIT. The guest is as it was; attach again when they can be had), or the errno that `touch`

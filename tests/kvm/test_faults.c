@@ -57,6 +57,27 @@ START_TEST(descriptors_that_are_no_vm)
 }
 END_TEST
 
+/* Reads of what merging has looked at would have to trap: a hardened domain's guests, and their clones, are refused. */
+START_TEST(hardened_domains_are_refused)
+{
+	struct kage_kvm_config config = config_of(KAGE_KVM_NATIVE);
+	struct kage_vm *vm, *clone;
+	int fd = new_kvm();
+
+	engine_up();
+	ok(kage_domain_configure(engine, 0, KAGE_CFG(kage_domain_config, .flags = KAGE_DOMAIN_HARDENED, .reserve_frames = 64)));
+	vm = new_vm(SMALL);
+	refused(vm, fd, &config, -EOPNOTSUPP);
+	ck_assert_uint_ge(logged_errors, 1);
+	ok(kage_vm_clone(vm, NULL, &clone));
+	refused(clone, fd, &config, -EOPNOTSUPP);
+	ok(kage_vm_destroy(clone));
+	ok(kage_vm_destroy(vm));
+	close(fd);
+	engine_down();
+}
+END_TEST
+
 START_TEST(configurations_that_are_refused)
 {
 	struct {
@@ -699,6 +720,7 @@ int main(void)
 	skip_without_kvm();
 	probe();
 	add_test(suite, descriptors_that_are_no_vm, 1);
+	add_test(suite, hardened_domains_are_refused, 1);
 	add_test(suite, configurations_that_are_refused, 1);
 	add_test(suite, an_engine_without_files, 1);
 	add_test(suite, no_paths, 1);

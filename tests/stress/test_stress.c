@@ -3,7 +3,7 @@
  * Threads against threads: see stress.h for what is checked.
  *
  * Environment: KAGE_STRESS_SECONDS (60; at least that is the full form, which
- * fails if too little happened), KAGE_SEED.
+ * fails if too little happened), KAGE_SEED, KAGE_STRESS_HARDENED (1: in a hardened merge domain).
  */
 #include <pthread.h>
 #include <stdarg.h>
@@ -67,6 +67,10 @@ static void start(void)
 	EXPECT(kage_engine_create(KAGE_CFG(kage_engine_config, .seed = world.seed, .log = log_line),
 				  &world.engine),
 	       KAGE_OK);
+	if (env_number("KAGE_STRESS_HARDENED", 0))
+		EXPECT(kage_domain_configure(world.engine, 0,
+					     KAGE_CFG(kage_domain_config, .flags = KAGE_DOMAIN_HARDENED, .reserve_frames = 512)),
+		       KAGE_OK);
 	for (unsigned i = 0; i < GUESTS; i++) {
 		world.guest[i].id = i;
 		build_guest(&world.guest[i]);
