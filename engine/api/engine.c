@@ -12,6 +12,7 @@
 #include <kage/kage.h>
 #include "api/engine.h"
 #include "api/vm.h"
+#include "merge/backoff.h"
 #include "mm/fused.h"
 #include "mm/mirror.h"
 #include "shadow/shadow.h"
@@ -279,6 +280,7 @@ int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, st
 	struct kage_progress p = { .size = sizeof(p) };
 	struct kage_budget b;
 	uint64_t seen;
+	bool urgent;
 	ssize_t n;
 	int r;
 
@@ -303,6 +305,8 @@ int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, st
 	host_each_mm(&e->host, mirror_step, NULL);
 	if (!p.wait_usec && (p.more || (atomic_load(&e->merge.on) && merge_waiting(&e->merge))))
 		engine_due(e);
+	if (!p.wait_usec && merge_urgent(&e->merge, &urgent))
+		engine_due(e);
 	if (r == 0 && progress) {
 		p.size = progress->size;
 		memcpy(progress, &p, MIN(p.size, sizeof(p)));
@@ -312,7 +316,9 @@ int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, st
 
 static bool tune_valid(const struct kage_tune *t)
 {
-	if (t->flags & ~(uint32_t)KAGE_TUNE_MERGE || t->no_zero_pages > 1 || t->max_sharing == 1)
+	if (t->flags & ~(uint32_t)(KAGE_TUNE_MERGE | KAGE_TUNE_NO_BACKOFF) || t->no_zero_pages > 1 || t->max_sharing == 1)
+		return false;
+	if (t->backoff > BACKOFF_MOST || t->reserved)
 		return false;
 	return t->cpu_share <= SHARE_MAX && t->scan_msec <= SCAN_MSEC_MAX && (!t->max_pages || t->min_pages <= t->max_pages);
 }
@@ -320,6 +326,7 @@ static bool tune_valid(const struct kage_tune *t)
 int kage_engine_tune(struct kage_engine *e, const struct kage_tune *tune)
 {
 	struct kage_tune t;
+	uint32_t backoff;
 	int r;
 
 	if (!e || !tune)
@@ -331,7 +338,8 @@ int kage_engine_tune(struct kage_engine *e, const struct kage_tune *tune)
 	if (!tune_valid(&t))
 		return api_result(e, __func__, 0, 0, -EINVAL);
 	pace_tune(&e->pace, t.cpu_share, (uint64_t)t.scan_msec * 1000000, t.min_pages, t.max_pages);
-	merge_tune(&e->merge, t.flags & KAGE_TUNE_MERGE, t.no_zero_pages, t.max_sharing);
+	backoff = t.flags & KAGE_TUNE_NO_BACKOFF ? 0 : t.backoff ? t.backoff : BACKOFF_DEFAULT;
+	merge_tune(&e->merge, t.flags & KAGE_TUNE_MERGE, t.no_zero_pages, t.max_sharing, backoff);
 	engine_due(e);
 	return KAGE_OK;
 }

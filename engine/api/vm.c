@@ -161,6 +161,12 @@ static void guest_go(struct kage_vm *vm)
 		vm->mm.mirror->ops->go(vm->mm.mirror);
 }
 
+/* Memory that may be merged goes before what merging is at. Without memory for that it comes like all else. */
+static void merge_first(struct kage_vm *vm, uint64_t gpa, uint64_t len)
+{
+	merge_hint(&vm->engine->merge, &vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, false);
+}
+
 int kage_vm_map(struct kage_vm *vm, const struct kage_region *region)
 {
 	struct kage_region c = { .size = 0 };
@@ -174,6 +180,8 @@ int kage_vm_map(struct kage_vm *vm, const struct kage_region *region)
 		r = mm_map(&vm->mm, &c);
 		guest_go(vm);
 	}
+	if (!r && c.flags & KAGE_REGION_MERGEABLE)
+		merge_first(vm, c.gpa, c.len);
 	return range_result(vm, __func__, c.gpa, c.len, r);
 }
 
@@ -209,6 +217,10 @@ int kage_vm_advise(struct kage_vm *vm, uint64_t gpa, uint64_t len, enum kage_adv
 
 	if (!r)
 		r = mm_advise(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, advice);
+	if (!r && advice == KAGE_ADVICE_MERGEABLE)
+		merge_first(vm, gpa, len);
+	if (!r && advice == KAGE_ADVICE_MERGE_FIRST)
+		r = merge_hint(&vm->engine->merge, &vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, true);
 	if (!r && advice == KAGE_ADVICE_DISCARD && vm->mm.mirror)
 		engine_refill(vm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT);
 	return range_result(vm, __func__, gpa, len, r);

@@ -2,15 +2,19 @@
 /*
  * Same-page merging, in steps that the embedder drives.
  *
- *   scan.c        which guest, which 128 MiB of it, which pages: the policy. From dirty logs
+ *   scan.c        which guest, which 128 MiB of it: where a pass is
+ *   hint.c        what goes before it: new memory, and what the embedder points at
+ *   chunk.c       which pages of 128 MiB: from dirty logs, with backoff.c for those that change too fast
+ *   pace.c        how many of them in a step, by advisor.c
  *   look.c        2 MiB at a time: what these pages map, and what is in them
  *   run.c         whom they equal: the zero frame, a stable frame, a candidate (candidate.c)
  *   plan.c        one change that merges all of a run
  *
  * A pass goes over all guests with mergeable regions. A page that was written
  * since the last pass waits for the next; one that was not, but was before, is
- * quiet: it is read, once. So nothing is read in the first pass, and a guest
- * that writes nothing costs nothing from the third on.
+ * quiet: it is read, once. So nothing is read in the first pass, and memory
+ * that nobody writes costs nothing from the third on. New memory and hints go before the pass;
+ * pages that change too fast are left alone for longer and longer.
  *
  * Merging is between frames, not pages: all entries that map the duplicate (a
  * clone's as well) are found by the reverse map and redirected in one change.
@@ -77,23 +81,46 @@ void candidates_sweep(struct candidates *t, struct pool *pool);
 #define MERGE_CHUNK_PAGES ((uint64_t)1 << MERGE_CHUNK_SHIFT)
 #define MERGE_CHUNK_WORDS (MERGE_CHUNK_PAGES / 64)
 
+struct backoff;
+
 struct merge_chunk {
 	uint64_t index; /* gfn >> MERGE_CHUNK_SHIFT */
-	struct merge_chunk *next; /* ascending */
-	bool open;     /* not all of `todo` is done */
-	bool taken;    /* a scanner is at it. merge->lock */
+	bool open;      /* not all of `todo` is done */
+	bool counted;   /* in merge_mm.open. merge->lock, as `taken` */
+	bool taken;     /* a scanner is at it */
+	_Atomic bool busy; /* there is something to do in the next pass, even if nothing is written */
+	uint64_t hinted; /* step in which a hint was at it: its pass leaves it alone */
+	uint64_t tried_pass; /* in which `tried` was */
 	uint64_t pending[MERGE_CHUNK_WORDS]; /* written before the last harvest: hashed at the next if quiet */
-	uint64_t later[MERGE_CHUNK_WORDS];   /* quiet, but pinned or in somebody's way: again in the next pass */
+	uint64_t later[MERGE_CHUNK_WORDS];   /* quiet, but pinned or in somebody's way, or left alone: again in the next pass */
 	uint64_t todo[MERGE_CHUNK_WORDS];    /* quiet: to be looked at in this pass */
+	uint64_t tried[MERGE_CHUNK_WORDS];   /* what has been in `todo` of the last pass */
+	struct backoff *backoff[MERGE_CHUNK_PAGES / BLOCK_PAGES]; /* NULL: no page of the 2 MiB has failed */
 };
 
 struct merge_mm {
 	struct mm *mm;
 	struct dirty_log *log;
-	struct merge_chunk *chunks;                    /* merge->lock */
-	_Atomic uint64_t volatiles, skipped;           /* pages, in this pass so far */
-	_Atomic uint64_t volatiles_last, skipped_last; /* in the last whole pass */
-	_Atomic uint64_t scanned, passes;              /* ever */
+	/* by index; merge->lock */
+	struct merge_chunk **chunk;
+	uint32_t chunks, room;
+	uint32_t open;                                 /* chunks that a step has left open */
+	bool fetched;                                  /* the mirror's log has been, in this pass */
+	_Atomic uint32_t busy;                         /* chunks with something to do */
+	_Atomic uint64_t volatiles, skipped, backed_off; /* pages, in this pass so far */
+	_Atomic uint64_t volatiles_last, skipped_last, backed_off_last; /* in the last whole pass */
+	_Atomic uint64_t scanned, passes, visits;      /* ever */
+};
+
+/* Memory to be looked at before what the pass is at. */
+struct merge_hint {
+	struct list node;
+	struct mm *mm;
+	bool final;     /* its contents need not be quiet first */
+	bool armed;     /* not final: what was written up to `step` is known, and looked at in a later one */
+	uint64_t step;
+	gfn_t start, end, at;
+	struct merge_chunk *chunk; /* where it is; NULL: at the next */
 };
 
 struct merge {
@@ -103,6 +130,7 @@ struct merge {
 	_Atomic bool on; /* read without the lock by who asks whether a step is due */
 	bool no_zero;    /* these three change with the gate held for writing */
 	uint32_t max_sharing;
+	uint32_t backoff; /* passes that a page is left alone at most; 0: no back-off */
 	uint64_t salt;
 	struct candidates candidates;
 	struct lock mirrors; /* changes that involve a mirror are made one at a time */
@@ -110,10 +138,13 @@ struct merge {
 	uint64_t mm_id;  /* guest being scanned, 0: a pass begins */
 	uint64_t chunk;  /* next chunk of it */
 	unsigned taken;  /* chunks that scanners are at */
+	struct list hints; /* oldest first */
+	_Atomic uint64_t steps;
 	/* counters */
 	_Atomic uint64_t passes, scanned;
-	_Atomic uint64_t volatiles, skipped; /* of the last pass */
-	_Atomic uint64_t volatiles_pass, skipped_pass;
+	_Atomic uint64_t volatiles, skipped, backed_off; /* of the last pass */
+	_Atomic uint64_t volatiles_pass, skipped_pass, backed_off_pass;
+	_Atomic uint64_t visits; /* walks of a chunk's bitmaps, ever */
 	_Atomic uint64_t waiting_pass; /* pages that this pass leaves for the next */
 	_Atomic uint64_t waiting;      /* that the last one left */
 };
@@ -125,7 +156,17 @@ static inline bool merge_waiting(const struct merge *m)
 {
 	return READ_ONCE(m->waiting) != 0;
 }
-void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing);
+/* backoff: passes, at most BACKOFF_MOST; 0: none. */
+void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing, uint32_t backoff);
+/*
+ * The range is looked at before all else: `final`, in the next step, whether it is quiet or not; else in a
+ * step after the next, what is quiet until then. Nothing happens while merging is off. -ENOMEM.
+ */
+int merge_hint(struct merge *m, struct mm *mm, gfn_t start, uint64_t npages, bool final);
+/* Pages of hints; *ready: for some of them the next step need not wait. */
+uint64_t merge_urgent(struct merge *m, bool *ready);
+/* Bytes of what is remembered of a guest, its dirty log included. */
+uint64_t merge_mm_bytes(struct merge *m, struct merge_mm *g);
 /* The guest is about to be destroyed: steps pass it over from now on. */
 void merge_forget(struct merge *m, struct mm *mm);
 /*

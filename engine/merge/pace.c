@@ -4,6 +4,8 @@
  */
 #include "merge/pace.h"
 
+#define QUIET ((uint64_t)100 * 1000000) /* ns that new memory has to be quiet for, if nothing else is urgent */
+
 void pace_init(struct pace *p)
 {
 	memset(p, 0, sizeof(*p));
@@ -23,6 +25,8 @@ struct state {
 	bool between;     /* a pass would begin */
 	uint64_t passes;
 	uint64_t waiting; /* pages that the last pass left for this one: no more are looked at */
+	uint64_t urgent;  /* of hints */
+	bool ready;       /* some of them are not only waiting to be quiet */
 };
 
 static struct state merge_state(struct merge *m)
@@ -32,6 +36,7 @@ static struct state merge_state(struct merge *m)
 	lock_take(&m->lock);
 	s = (struct state){ .between = m->mm_id == 0, .passes = atomic_load(&m->passes), .waiting = m->waiting };
 	lock_drop(&m->lock);
+	s.urgent = merge_urgent(m, &s.ready);
 	return s;
 }
 
@@ -45,6 +50,7 @@ static struct advisor_work work_left(struct pace *p, const struct state *now)
 	return (struct advisor_work){
 		.begins = now->between,
 		.left = now->waiting > p->spent ? now->waiting - p->spent : 0,
+		.urgent = now->urgent,
 	};
 }
 
@@ -75,7 +81,7 @@ static uint64_t pace_paid(struct pace *p, struct merge *m, uint64_t cpu, uint64_
 	w = work_left(p, &state);
 	wait = READ_ONCE(m->on) ? advisor_wait(&p->advisor, now, &w) : p->advisor.scan;
 	lock_drop(&p->lock);
-	return wait;
+	return state.urgent && !state.ready ? MAX(wait, QUIET) : wait;
 }
 
 int pace_step(struct pace *p, struct merge *m, uint64_t pages, uint64_t usec, uint64_t *scanned, uint64_t *merged,

@@ -69,6 +69,7 @@ struct scanner {
 	struct merge_mm *g;
 	struct mm *mm; /* of this batch: its family is held */
 	uint64_t mm_id;
+	uint64_t step; /* number of the step that it is made for */
 	gfn_t base;
 	uint64_t todo[GROUP_WORDS];   /* not looked at yet */
 	uint64_t later[GROUP_WORDS];  /* out: again in the next pass */
@@ -83,6 +84,7 @@ struct scanner {
 	pfn_t populated_base; /* PFN_NONE: none yet */
 	uint64_t populated[BLOCK_PAGES / 64];
 	pfn_t zero; /* what pages of zeroes are merged into; PFN_NONE: they are pages like others */
+	uint64_t dirty[MERGE_CHUNK_WORDS]; /* of the chunk that is being visited */
 	struct run run;
 };
 

@@ -1,32 +1,25 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Scanning: where a pass is, and which pages are quiet.
+ * Scanning: where a pass is.
  *
- * Each guest with a mergeable region has a dirty log of merging's own. Taking a
- * chunk (128 MiB) of it gives the pages written since the last pass; they are
- * pending. Pages that were pending and are not in this harvest are quiet: they go, 2 MiB
- * at a time, to scan_group(). State is one bit a page, three times.
+ * Each guest with a mergeable region has a dirty log of merging's own. A pass goes over the guests
+ * by their ids, and in each to the chunks (128 MiB) in which something was written
+ * since it was there last, or something waits: the log's tree and a count say which, so what is idle
+ * costs a look at a summary for each 128 MiB. Before the pass go hints (hint.c).
  *
  * A batch takes a chunk from the guest that the pass is at: one that another step left
  * open, or the next. While it is at it nobody else takes that chunk. The pass is over when
  * there is no guest left, and nobody is at a chunk.
  *
- * Invariants:
- *  Q1  a page is hashed only if nobody wrote it during one whole pass.
- *  Q2  what was known of a frame goes with the harvest that says it was written.
- *
  * Locks: merge->gate (reading), host->lock (reading), merge->lock for moments, the guest's
  * family (reading) around a batch of at most 512 pages. The gate keeps an audit out, which would
  * wait for a family while we, with another one, wait for that.
  */
-#include <time.h>
-
-#include "merge/run.h"
+#include "merge/backoff.h"
+#include "merge/scan.h"
 #include "mm/layer.h"
 #include "mm/mirror.h"
 #include "mm/region.h"
-#include "mm/rmap.h"
-#include "mm/table.h"
 
 #define BATCH 512
 #define LIVE_MOST 128 /* pages of one change where somebody may be waiting for its end */
@@ -39,6 +32,8 @@ int merge_init(struct merge *m, struct host *h, uint64_t salt)
 	m->host = h;
 	m->salt = salt;
 	m->max_sharing = SHARING_DEFAULT;
+	m->backoff = BACKOFF_DEFAULT;
+	list_init(&m->hints);
 	brlock_init(&m->gate, RANK_MERGE, 0);
 	lock_init(&m->lock, RANK_SCAN, 0);
 	lock_init(&m->mirrors, RANK_MIRRORS, 0);
@@ -47,28 +42,21 @@ int merge_init(struct merge *m, struct host *h, uint64_t salt)
 
 void merge_finish(struct merge *m)
 {
+	hints_forget(m, NULL);
 	candidates_finish(&m->candidates);
 }
 
-void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing)
+void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing, uint32_t backoff)
 {
 	brlock_write(&m->gate);
 	m->on = on;
 	m->no_zero = no_zero;
 	m->max_sharing = max_sharing ? max_sharing : SHARING_DEFAULT;
+	m->backoff = backoff;
 	brlock_write_drop(&m->gate);
 }
 
 /* -- what is known of a guest ----------------------------------------------------------- */
-
-static void chunks_free(struct merge *m, struct merge_mm *g)
-{
-	for (struct merge_chunk *c = g->chunks, *next; c; c = next) {
-		next = c->next;
-		env_free(m->host->env, c, sizeof(*c));
-	}
-	g->chunks = NULL;
-}
 
 void merge_forget(struct merge *m, struct mm *mm)
 {
@@ -76,6 +64,7 @@ void merge_forget(struct merge *m, struct mm *mm)
 
 	brlock_write(&m->gate);
 	mm->leaving = true;
+	hints_forget(m, mm);
 	g = mm->merge;
 	if (g) {
 		dirty_close(g->log);
@@ -86,7 +75,7 @@ void merge_forget(struct merge *m, struct mm *mm)
 	brlock_write_drop(&m->gate);
 }
 
-static int merge_attach(struct merge *m, struct mm *mm)
+int merge_attach(struct merge *m, struct mm *mm)
 {
 	struct merge_mm *g = env_alloc(m->host->env, sizeof(*g));
 	int r;
@@ -103,141 +92,10 @@ static int merge_attach(struct merge *m, struct mm *mm)
 	return 0;
 }
 
-/* The guest's chunk with this index, NULL: none. Made if `add`. */
-static struct merge_chunk *chunk_at(struct merge *m, struct merge_mm *g, uint64_t index, bool add)
-{
-	struct merge_chunk **at = &g->chunks, *c;
-
-	while (*at && (*at)->index < index)
-		at = &(*at)->next;
-	if ((*at && (*at)->index == index) || !add)
-		return *at && (*at)->index == index ? *at : NULL;
-	c = env_alloc(m->host->env, sizeof(*c));
-	if (c) {
-		c->index = index;
-		c->next = *at;
-		*at = c;
-	}
-	return c;
-}
-
-/* -- a chunk ------------------------------------------------------------------------------ */
-
-/* Pages of 2 MiB that were written: what merging knew of their frames is old. Inside a read section. */
-static void forget_group(struct merge *m, struct mm *mm, gfn_t base, const uint64_t *dirty)
-{
-	entry_t *above, *leaf, e = ENTRY_NONE;
-	pfn_t table, first = PFN_NONE;
-	unsigned level;
-
-	leaf = table_leaves(mm, base, &table, &above, &level);
-	if (!leaf) {
-		e = above ? entry_load(above) : ENTRY_NONE;
-		if (!entry_is_leaf(e) || e & ENTRY_SPECIAL)
-			return;
-		first = pfn_add(entry_pfn(e), base.v & (level_pages(level) - 1));
-	}
-	for (unsigned w = 0; w < GROUP_WORDS; w++) {
-		for (uint64_t bits = dirty[w]; bits; bits &= bits - 1) {
-			unsigned i = w * 64 + (unsigned)__builtin_ctzll(bits);
-
-			if (leaf)
-				e = entry_load(&leaf[i]);
-			if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL))
-				candidate_unmark(&m->candidates,
-						 pfn_frame(m->host->pool, leaf ? entry_pfn(e) : pfn_add(first, i)));
-		}
-	}
-}
-
-/* Q2 */
-static void forget_written(struct merge *m, struct mm *mm, gfn_t base, const uint64_t *dirty)
-{
-	for (unsigned w = 0; w < MERGE_CHUNK_WORDS; w += GROUP_WORDS) {
-		uint64_t any = 0;
-
-		for (unsigned i = 0; i < GROUP_WORDS; i++)
-			any |= dirty[w + i];
-		if (!any)
-			continue;
-		rcu_enter();
-		forget_group(m, mm, gfn_add(base, w * 64), &dirty[w]);
-		rcu_leave();
-	}
-}
-
-/* Harvests the chunk and works out what is to be looked at. */
-static int chunk_begin(struct merge *m, struct merge_mm *g, struct merge_chunk *c)
-{
-	gfn_t base = GFN(c->index << MERGE_CHUNK_SHIFT);
-	uint64_t waiting = 0, volatiles = 0;
-	int64_t n;
-
-	if (mm_native(g->mm)) /* pages that the host kernel made private are to be found as such */
-		mm_reconcile(g->mm, base, gfn_add(base, MERGE_CHUNK_PAGES), false);
-	n = dirty_collect_bitmap(g->log, base, MERGE_CHUNK_PAGES, c->todo);
-	if (n < 0)
-		return (int)n;
-	if (n > 0 && READ_ONCE(m->candidates.marked))
-		forget_written(m, g->mm, base, c->todo);
-	for (unsigned w = 0; w < MERGE_CHUNK_WORDS; w++) {
-		uint64_t dirty = c->todo[w];
-
-		volatiles += (unsigned)__builtin_popcountll(dirty & c->pending[w]);
-		c->todo[w] = (c->pending[w] | c->later[w]) & ~dirty;
-		c->pending[w] = dirty;
-		waiting += (unsigned)__builtin_popcountll(dirty);
-		c->later[w] = 0;
-	}
-	add_relaxed(&g->volatiles, volatiles);
-	add_relaxed(&m->waiting_pass, waiting);
-	c->open = true;
-	return 0;
-}
-
-/* Up to `limit` pages of an open chunk, 2 MiB at a time. Returns the number it spent, or -errno. */
-static int64_t chunk_batch(struct scanner *s, struct merge_chunk *c, uint64_t limit)
-{
-	uint64_t spent = 0, later = 0;
-	int r = 0;
-
-	for (unsigned w = 0; w < MERGE_CHUNK_WORDS; w += GROUP_WORDS) {
-		uint64_t here = 0;
-
-		if (spent == limit)
-			return (int64_t)spent;
-		for (unsigned i = 0; i < GROUP_WORDS; i++) {
-			uint64_t *todo = &c->todo[w + i];
-
-			s->todo[i] = s->later[i] = s->hashed[i] = 0;
-			for (; *todo && spent + here < limit; *todo &= *todo - 1, here++)
-				s->todo[i] |= *todo & -*todo;
-		}
-		if (!here)
-			continue;
-		s->base = GFN((c->index << MERGE_CHUNK_SHIFT) + w * 64);
-		r = scan_group(s);
-		for (unsigned i = 0; i < GROUP_WORDS; i++) {
-			c->todo[w + i] |= s->todo[i]; /* what an error has left */
-			c->later[w + i] |= s->later[i];
-			later += (unsigned)__builtin_popcountll(s->later[i]);
-		}
-		add_relaxed(&s->m->waiting_pass, later);
-		later = 0;
-		spent += here;
-		if (r)
-			return r;
-	}
-	c->open = false;
-	return (int64_t)spent;
-}
-
 /* -- a pass -------------------------------------------------------------------------------------- */
 
-/* The next chunk at or after m->chunk that a mergeable region, or old state, reaches. merge->lock held. */
-static bool chunk_next(struct merge *m, struct mm *mm)
+uint64_t mergeable_next(struct mm *mm, uint64_t index)
 {
-	struct merge_mm *g = mm->merge;
 	uint64_t best = UINT64_MAX;
 	struct regions *set;
 
@@ -245,29 +103,52 @@ static bool chunk_next(struct merge *m, struct mm *mm)
 	set = load_acquire(&mm->regions);
 	for (unsigned i = 0; i < set->count; i++) {
 		const struct region *r = &set->r[i];
-		uint64_t first = r->start.v >> MERGE_CHUNK_SHIFT;
 		uint64_t last = (region_end(r).v - 1) >> MERGE_CHUNK_SHIFT;
 
-		if (r->flags & KAGE_REGION_MERGEABLE && last >= m->chunk)
-			best = MIN(best, MAX(first, m->chunk));
+		if (r->flags & KAGE_REGION_MERGEABLE && last >= index)
+			best = MIN(best, MAX(r->start.v >> MERGE_CHUNK_SHIFT, index));
 	}
 	rcu_leave();
-	for (struct merge_chunk *c = g ? g->chunks : NULL; c; c = c->next)
-		if (c->index >= m->chunk)
-			best = MIN(best, c->index);
-	m->chunk = best;
-	return best != UINT64_MAX;
+	return best;
+}
+
+/* The first chunk at or after `index` in which something waits. UINT64_MAX: none. merge->lock held. */
+static uint64_t busy_next(const struct merge_mm *g, uint64_t index)
+{
+	for (uint32_t i = READ_ONCE(g->busy) ? chunk_search(g, index) : g->chunks; i < g->chunks; i++)
+		if (atomic_load(&g->chunk[i]->busy))
+			return g->chunk[i]->index;
+	return UINT64_MAX;
+}
+
+/* The next chunk at or after m->chunk in which something was written or waits. merge->lock held. */
+static bool chunk_next(struct merge *m, struct merge_mm *g)
+{
+	uint64_t busy = busy_next(g, m->chunk), index = m->chunk, at;
+
+	do {
+		gfn_t dirty = dirty_next(g->log, GFN(index << MERGE_CHUNK_SHIFT));
+
+		at = dirty.v == DIRTY_NONE.v ? UINT64_MAX : dirty.v >> MERGE_CHUNK_SHIFT;
+		index = at < busy ? mergeable_next(g->mm, at) : at;
+	} while (index != at && index < busy);
+	m->chunk = MIN(index, busy);
+	return m->chunk != UINT64_MAX;
 }
 
 static void guest_done(struct merge *m, struct merge_mm *g)
 {
 	if (g) {
 		uint64_t volatiles = atomic_exchange(&g->volatiles, 0), skipped = atomic_exchange(&g->skipped, 0);
+		uint64_t backed_off = atomic_exchange(&g->backed_off, 0);
 
 		atomic_fetch_add(&m->volatiles_pass, volatiles);
 		atomic_fetch_add(&m->skipped_pass, skipped);
+		atomic_fetch_add(&m->backed_off_pass, backed_off);
 		atomic_store(&g->volatiles_last, volatiles);
 		atomic_store(&g->skipped_last, skipped);
+		atomic_store(&g->backed_off_last, backed_off);
+		g->fetched = false;
 		add_relaxed(&g->passes, 1);
 	}
 	m->mm_id++;
@@ -280,6 +161,7 @@ static void pass_done(struct merge *m)
 	candidates_sweep(&m->candidates, m->host->pool);
 	atomic_store(&m->volatiles, atomic_exchange(&m->volatiles_pass, 0));
 	atomic_store(&m->skipped, atomic_exchange(&m->skipped_pass, 0));
+	atomic_store(&m->backed_off, atomic_exchange(&m->backed_off_pass, 0));
 	atomic_fetch_add(&m->passes, 1);
 	atomic_store(&m->waiting, atomic_exchange(&m->waiting_pass, 0));
 	m->mm_id = 0;
@@ -316,6 +198,15 @@ static bool chunk_free(const struct merge_chunk *c)
 	return !c->taken && c->open;
 }
 
+/* A chunk of the guest that a step has left open. merge->lock held. */
+static struct merge_chunk *chunk_open(const struct merge_mm *g)
+{
+	for (uint32_t i = 0; g->open && i < g->chunks; i++)
+		if (chunk_free(g->chunk[i]))
+			return g->chunk[i];
+	return NULL;
+}
+
 /* A guest that the pass has left behind, with a chunk that a step left open. merge->lock held. */
 static struct mm *guest_open(struct merge *m, struct brlock_held *held)
 {
@@ -325,64 +216,85 @@ static struct mm *guest_open(struct merge *m, struct brlock_held *held)
 		*held = brlock_read(&f->lock);
 		list_for_each(mp, &f->mms) {
 			struct mm *mm = container_of(mp, struct mm, node);
-			struct merge_mm *g = mm->merge;
 
-			for (struct merge_chunk *c = g ? g->chunks : NULL; c; c = c->next)
-				if (chunk_free(c))
-					return mm;
+			if (mm->merge && chunk_open(mm->merge))
+				return mm;
 		}
 		brlock_read_drop(&f->lock, *held);
 	}
 	return NULL;
 }
 
-/* What a step does next. */
-struct work {
-	struct mm *mm; /* its family is held; NULL: nothing is left */
-	struct brlock_held held;
-	pfn_t zero; /* as in struct scanner */
-	struct merge_chunk *chunk; /* taken; NULL: the guest is over, or nothing is known of it yet */
-};
-
-/* A chunk of the guest that some step left open; else the next. -ENOMEM. */
-static int chunk_take(struct merge *m, struct merge_mm *g, struct work *w)
+void chunk_take(struct merge *m, struct merge_mm *g, struct merge_chunk *c, struct work *w)
 {
-	struct merge_chunk *c = g->chunks;
-
-	while (c && !chunk_free(c))
-		c = c->next;
-	if (!c) {
-		if (!chunk_next(m, g->mm))
-			return 0;
-		c = chunk_at(m, g, m->chunk, true);
-		if (!c)
-			return -ENOMEM;
-		m->chunk++;
-	}
 	c->taken = true;
 	m->taken++;
 	w->chunk = c;
+	w->visit = VISIT_PASS;
 	w->zero = m->no_zero ? PFN_NONE : tenant_zero(g->mm->family->tenant);
+}
+
+static void chunk_give(struct merge *m, struct merge_mm *g, struct merge_chunk *c)
+{
+	c->taken = false;
+	m->taken--;
+	g->open += (uint32_t)c->open - (uint32_t)c->counted;
+	c->counted = c->open;
+}
+
+/* A chunk of the guest that some step left open; else the next. -ENOMEM. */
+static int chunk_choose(struct merge *m, struct merge_mm *g, struct work *w)
+{
+	struct merge_chunk *c = chunk_open(g);
+
+	while (!c && chunk_next(m, g)) {
+		c = chunk_have(m, g, m->chunk);
+		if (!c)
+			return -ENOMEM;
+		m->chunk++;
+		if (c->hinted == w->step || c->taken) /* a hint's, which goes before */
+			c = NULL;
+	}
+	if (c)
+		chunk_take(m, g, c, w);
 	return 0;
 }
 
-/* merge->lock held. -ENOMEM. */
+/* The pass comes to a guest. merge->lock held. */
+static int guest_begin(struct merge *m, struct mm *mm)
+{
+	struct merge_mm *g = mm->merge;
+	int r;
+
+	if (mm->id != m->mm_id) {
+		m->mm_id = mm->id;
+		m->chunk = 0;
+	}
+	if (!g)
+		return mergeable_next(mm, 0) != UINT64_MAX ? merge_attach(m, mm) : (guest_done(m, NULL), 0);
+	if (g->fetched)
+		return 1;
+	r = dirty_fetch(g->log);
+	g->fetched = r == 0;
+	return r < 0 ? r : 1;
+}
+
+/* merge->lock held. -errno. */
 static int work_take(struct merge *m, struct work *w)
 {
-	int r = 0;
+	int r = hint_take(m, w);
 
+	if (r || w->mm)
+		return r;
 	w->mm = guest_next(m, &w->held);
 	if (!w->mm) {
 		w->mm = guest_open(m, &w->held);
-		return w->mm ? chunk_take(m, w->mm->merge, w) : 0;
+		return w->mm ? chunk_choose(m, w->mm->merge, w) : 0;
 	}
-	if (w->mm->id != m->mm_id) {
-		m->mm_id = w->mm->id;
-		m->chunk = 0;
-	}
-	if (!w->mm->merge)
-		return chunk_next(m, w->mm) ? merge_attach(m, w->mm) : (guest_done(m, NULL), 0);
-	r = chunk_take(m, w->mm->merge, w);
+	r = guest_begin(m, w->mm);
+	if (r <= 0)
+		return r;
+	r = chunk_choose(m, w->mm->merge, w);
 	if (r == 0 && !w->chunk)
 		guest_done(m, w->mm->merge);
 	return r;
@@ -412,9 +324,9 @@ static int64_t work_do(struct scanner *s, struct work *w, uint64_t limit)
 	int r = 0;
 
 	scanner_begin(s, w);
-	if (!c->open)
-		r = chunk_begin(s->m, s->g, c);
-	return r ? r : chunk_batch(s, c, limit);
+	if (!c->open || w->visit != VISIT_PASS)
+		r = chunk_visit(s, w);
+	return r || !c->open ? r : chunk_batch(s, c, limit);
 }
 
 /* One batch, or one move to the next chunk or guest. 1: the pass is over, or others are at all that is left of it. */
@@ -422,13 +334,13 @@ static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *m
 {
 	struct merge *m = s->m;
 	struct brlock_held gate = brlock_read(&m->gate), host = brlock_read(&m->host->lock);
-	struct work w = { 0 };
+	struct work w = { .step = s->step };
 	int64_t n = 0;
 	int r;
 
 	lock_take(&m->lock);
 	r = work_take(m, &w);
-	if (!w.mm) {
+	if (!w.mm && r == 0) {
 		r = 1;
 		*more = m->taken != 0;
 		if (!m->taken)
@@ -441,8 +353,7 @@ static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *m
 		brlock_read_drop(&w.mm->family->lock, w.held);
 	if (w.chunk) { /* the gate keeps it */
 		lock_take(&m->lock);
-		w.chunk->taken = false;
-		m->taken--;
+		chunk_give(m, w.mm->merge, w.chunk);
 		if (n < 0 && !w.chunk->open && m->mm_id == w.mm->id)
 			m->chunk = MIN(m->chunk, w.chunk->index); /* not even begun */
 		lock_drop(&m->lock);
@@ -453,17 +364,14 @@ static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *m
 	return n < 0 ? (int)n : r;
 }
 
-static uint64_t now_usec(void)
+static uint64_t now_usec(const struct merge *m)
 {
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+	return env_now(m->host->env, KAGE_CLOCK_WALL) / 1000;
 }
 
 int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t *scanned, uint64_t *merged, bool *more)
 {
-	uint64_t start = usec ? now_usec() : 0, spent = 0;
+	uint64_t start = usec ? now_usec(m) : 0, spent = 0;
 	struct scanner *s;
 	int r = 0;
 
@@ -474,8 +382,9 @@ int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t *scanned
 	if (!s)
 		return -ENOMEM;
 	s->m = m;
+	s->step = atomic_fetch_add(&m->steps, 1) + 1;
 	while (r == 0 && atomic_load(&m->on)) {
-		if ((pages && spent >= pages) || (usec && now_usec() - start >= usec)) {
+		if ((pages && spent >= pages) || (usec && now_usec(m) - start >= usec)) {
 			*more = true;
 			break;
 		}

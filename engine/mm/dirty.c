@@ -54,6 +54,7 @@ struct dirty_log {
 	struct env *env; /* outlives the mm: closing frees after a grace period */
 	uint32_t kind, flags;
 	_Atomic bool overflow;
+	_Atomic uint64_t bytes; /* of the nodes */
 	struct mid *_Atomic mid[TOP];
 	struct defer_node defer;
 };
@@ -61,8 +62,9 @@ struct dirty_log {
 /* -- the tree -------------------------------------------------------------------- */
 
 /* Returns *slot, allocating it if it is empty. NULL: no memory. */
-static void *node_get(struct env *env, void *_Atomic *slot, size_t bytes)
+static void *node_get(struct dirty_log *log, void *_Atomic *slot, size_t bytes)
 {
+	struct env *env = log->env;
 	void *node = load_acquire(slot), *none = NULL;
 
 	if (node)
@@ -70,20 +72,21 @@ static void *node_get(struct env *env, void *_Atomic *slot, size_t bytes)
 	node = env_alloc(env, bytes);
 	if (!node)
 		return NULL;
-	if (atomic_compare_exchange_strong(slot, &none, node))
+	if (atomic_compare_exchange_strong(slot, &none, node)) {
+		add_relaxed(&log->bytes, bytes);
 		return node;
+	}
 	env_free(env, node, bytes);
 	return none;
 }
 
 static struct chunk *chunk_get(struct dirty_log *log, gfn_t gfn)
 {
-	struct env *env = log->env;
 	uint64_t c = gfn.v >> CHUNK_SHIFT;
-	struct mid *mid = node_get(env, (void *_Atomic *)&log->mid[c / LOW / MID], sizeof(*mid));
-	struct low *low = mid ? node_get(env, (void *_Atomic *)&mid->low[c / LOW % MID], sizeof(*low)) : NULL;
+	struct mid *mid = node_get(log, (void *_Atomic *)&log->mid[c / LOW / MID], sizeof(*mid));
+	struct low *low = mid ? node_get(log, (void *_Atomic *)&mid->low[c / LOW % MID], sizeof(*low)) : NULL;
 
-	return low ? node_get(env, (void *_Atomic *)&low->chunk[c % LOW], sizeof(struct chunk)) : NULL;
+	return low ? node_get(log, (void *_Atomic *)&low->chunk[c % LOW], sizeof(struct chunk)) : NULL;
 }
 
 /* The chunk that covers *gfn, or NULL after moving *gfn to the next page that a chunk may cover. */
@@ -225,6 +228,7 @@ struct harvest {
 	void (*take)(struct harvest *h, gfn_t gfn, uint64_t bits); /* NULL: nothing is taken */
 	bool (*full)(struct harvest *h);
 	uint64_t *bitmap;
+	gfn_t origin; /* of bit 0 */
 	struct kage_dirty_run *run;
 	uint64_t room, count;
 };
@@ -344,6 +348,36 @@ static void harvest_commit(struct change *c)
 		harvest_overflow(h);
 }
 
+static bool chunk_clean(struct chunk *c)
+{
+	uint64_t any = 0;
+
+	for (unsigned i = 0; i < ARRAY_SIZE(c->summary); i++)
+		any |= atomic_load_explicit(&c->summary[i], memory_order_relaxed);
+	return any == 0;
+}
+
+gfn_t dirty_next(struct dirty_log *log, gfn_t gfn)
+{
+	if (atomic_load(&log->overflow))
+		return GFN(ALIGN_DOWN(gfn.v, CHUNK_PAGES)); /* everything is */
+	while (gfn.v < (uint64_t)1 << GFN_BITS) {
+		struct chunk *c = chunk_find(log, &gfn);
+
+		if (!c)
+			continue;
+		if (!chunk_clean(c))
+			return GFN(ALIGN_DOWN(gfn.v, CHUNK_PAGES));
+		gfn.v = ALIGN_DOWN(gfn.v, CHUNK_PAGES) + CHUNK_PAGES;
+	}
+	return DIRTY_NONE;
+}
+
+uint64_t dirty_bytes(const struct dirty_log *log)
+{
+	return sizeof(*log) + READ_ONCE(log->bytes);
+}
+
 static bool log_clean(struct dirty_log *log, gfn_t start, gfn_t end)
 {
 	if (atomic_load(&log->overflow))
@@ -353,9 +387,8 @@ static bool log_clean(struct dirty_log *log, gfn_t start, gfn_t end)
 
 		if (!c)
 			continue;
-		for (unsigned i = 0; i < ARRAY_SIZE(c->summary); i++)
-			if (atomic_load_explicit(&c->summary[i], memory_order_relaxed))
-				return false;
+		if (!chunk_clean(c))
+			return false;
 		start = GFN(ALIGN_DOWN(start.v, CHUNK_PAGES) + CHUNK_PAGES);
 	}
 	return true;
@@ -392,12 +425,12 @@ static void take_bitmap(struct harvest *h, gfn_t gfn, uint64_t bits)
 {
 	uint64_t at, shift;
 
-	if (gfn.v < h->start.v) {
-		bitmap_or(h, 0, bits >> (h->start.v - gfn.v));
+	if (gfn.v < h->origin.v) {
+		bitmap_or(h, 0, bits >> (h->origin.v - gfn.v));
 		return;
 	}
-	at = (gfn.v - h->start.v) / 64;
-	shift = (gfn.v - h->start.v) % 64;
+	at = (gfn.v - h->origin.v) / 64;
+	shift = (gfn.v - h->origin.v) % 64;
 	bitmap_or(h, at, bits << shift);
 	if (shift)
 		bitmap_or(h, at + 1, bits >> (64 - shift));
@@ -427,14 +460,26 @@ static int mirror_track(struct mm *mm)
 }
 
 /* What a mirror's hardware logged goes into all open logs first. */
-static int64_t harvest(struct harvest *h)
+static int fetch(struct dirty_log *log, gfn_t start, gfn_t end)
 {
-	struct mm *mm = h->log->mm;
+	struct mm *mm = log->mm;
 	struct brlock_held held;
-	bool kept = mirror_keep(mm, h->log->kind == DIRTY_MERGE, &held);
-	int r = mm->mirror ? mm->mirror->ops->harvest(mm->mirror, h->start, h->end) : 0;
+	bool kept = mirror_keep(mm, log->kind == DIRTY_MERGE, &held);
+	int r = mm->mirror ? mm->mirror->ops->harvest(mm->mirror, start, end) : 0;
 
 	mirror_let_go(mm, kept, held);
+	return r;
+}
+
+int dirty_fetch(struct dirty_log *log)
+{
+	return fetch(log, GFN(0), GFN((uint64_t)1 << GFN_BITS));
+}
+
+static int64_t harvest(struct harvest *h)
+{
+	int r = fetch(h->log, h->start, h->end);
+
 	if (r)
 		return r;
 	return log_clean(h->log, h->start, h->end) ? 0 : harvest_run(h);
@@ -443,10 +488,19 @@ static int64_t harvest(struct harvest *h)
 int64_t dirty_collect_bitmap(struct dirty_log *log, gfn_t start, uint64_t npages, uint64_t *bitmap)
 {
 	struct harvest h = { .log = log, .start = start, .end = gfn_add(start, npages), .take = take_bitmap,
-			     .bitmap = bitmap };
+			     .bitmap = bitmap, .origin = start };
 
 	memset(bitmap, 0, (npages + 63) / 64 * 8);
 	return harvest(&h);
+}
+
+int64_t dirty_take(struct dirty_log *log, gfn_t start, uint64_t npages, uint64_t *bitmap)
+{
+	struct harvest h = { .log = log, .start = start, .end = gfn_add(start, npages), .take = take_bitmap,
+			     .bitmap = bitmap, .origin = GFN(ALIGN_DOWN(start.v, 64)) };
+
+	memset(bitmap, 0, (ALIGN_UP(h.end.v, 64) - h.origin.v) / 8);
+	return log_clean(log, h.start, h.end) ? 0 : harvest_run(&h);
 }
 
 static void take_runs(struct harvest *h, gfn_t gfn, uint64_t bits)

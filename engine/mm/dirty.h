@@ -19,6 +19,17 @@ int64_t dirty_collect_bitmap(struct dirty_log *log, gfn_t start, uint64_t npages
 /* At most `room` runs; returns their number. Pages that do not fit stay dirty. */
 int64_t dirty_collect_runs(struct dirty_log *log, gfn_t start, uint64_t npages, struct kage_dirty_run *run,
 			   uint64_t room);
+/*
+ * The same in two parts, for who comes back to pieces of a guest: what a mirror's hardware has logged goes into all
+ * logs; and taking bits. Bit 0 of the bitmap is the page at or below `start` whose number is a multiple of 64.
+ */
+int dirty_fetch(struct dirty_log *log);
+int64_t dirty_take(struct dirty_log *log, gfn_t start, uint64_t npages, uint64_t *bitmap);
+/* The first 128 MiB at or after gfn with a mark that can be taken; its address, or DIRTY_NONE. Looks at summaries only. */
+#define DIRTY_NONE GFN(UINT64_MAX)
+gfn_t dirty_next(struct dirty_log *log, gfn_t gfn);
+/* Memory that the log takes. */
+uint64_t dirty_bytes(const struct dirty_log *log);
 struct mm *dirty_mm(struct dirty_log *log);
 
 #endif

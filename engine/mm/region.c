@@ -643,6 +643,21 @@ static int mm_willneed(struct mm *mm, gfn_t start, gfn_t end)
 	return 0;
 }
 
+static int all_mergeable(struct mm *mm, gfn_t start, gfn_t end)
+{
+	struct brlock_held held = brlock_read(&mm->range);
+	int r = 0;
+
+	while (r == 0 && start.v < end.v) {
+		const struct region *reg = mm_region(mm, start);
+
+		r = !reg ? -ENOENT : reg->flags & KAGE_REGION_MERGEABLE ? 0 : -EOPNOTSUPP;
+		start = reg ? region_end(reg) : start;
+	}
+	brlock_read_drop(&mm->range, held);
+	return r;
+}
+
 int mm_advise(struct mm *mm, gfn_t start, uint64_t npages, enum kage_advice advice)
 {
 	int r = range_check(npages);
@@ -662,6 +677,8 @@ int mm_advise(struct mm *mm, gfn_t start, uint64_t npages, enum kage_advice advi
 		return r;
 	case KAGE_ADVICE_DISCARD:
 		return mm_discard(mm, start, npages);
+	case KAGE_ADVICE_MERGE_FIRST: /* what is done about it, merging does */
+		return all_mergeable(mm, start, gfn_add(start, npages));
 	case KAGE_ADVICE_WILLNEED:
 		return mm_willneed(mm, start, gfn_add(start, npages));
 	default:

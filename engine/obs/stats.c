@@ -135,6 +135,8 @@ void obs_guest(struct mm *mm, struct kage_stats *out)
 		out->ksm_pages_volatile = READ_ONCE(g->volatiles_last);
 		out->ksm_pages_skipped = READ_ONCE(g->skipped_last);
 		out->ksm_pages_scanned = READ_ONCE(g->scanned);
+		out->ksm_pages_backed_off = READ_ONCE(g->backed_off_last);
+		out->ksm_chunk_visits = READ_ONCE(g->visits);
 		out->ksm_full_scans = READ_ONCE(g->passes);
 		out->ksm_pages_unshared = count_unshared(mm);
 	}
@@ -189,6 +191,8 @@ static void add_merge(struct host *h, struct merge *m, struct kage_stats *out)
 	out->ksm_pages_skipped = atomic_load(&m->skipped);
 	out->ksm_full_scans = atomic_load(&m->passes);
 	out->ksm_pages_scanned = atomic_load(&m->scanned);
+	out->ksm_pages_backed_off = atomic_load(&m->backed_off);
+	out->ksm_chunk_visits = atomic_load(&m->visits);
 	out->ksm_general_profit = (int64_t)((sh.sharing + out->pages_zero) * PAGE_SIZE) - (int64_t)sh.chain -
 				  (int64_t)(READ_ONCE(m->candidates.slots) * sizeof(struct candidate));
 }

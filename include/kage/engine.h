@@ -144,6 +144,8 @@ KAGE_API int kage_engine_step(struct kage_engine *engine, const struct kage_budg
 enum kage_tune_flags {
 	/** Merging runs in steps (default: off, as KSM's `run`). */
 	KAGE_TUNE_MERGE = 1u << 0,
+	/** Pages that change fast are looked at as soon as all others (KSM: smart_scan 0). */
+	KAGE_TUNE_NO_BACKOFF = 1u << 1,
 };
 
 /** Settings that may change while the engine runs. All fields are taken as they are. */
@@ -173,6 +175,15 @@ struct kage_tune {
 	uint32_t min_pages;
 	/** Most pages of a step: bounds how long it keeps its thread, about 15 ms of hashing. 0: 32,768. Not less than `min_pages`. */
 	uint32_t max_pages;
+
+	/**
+	 * Most passes for which a page is left alone that keeps changing, 1 to 100: after the k-th failure on end (it
+	 * was written before it had been quiet for a pass, or in the pass after it was looked at) it is left alone for 2^(k-1) passes, until a try lasts.
+	 * 0: 64, with passes of ten seconds some eleven minutes (KSM's smart scan: 8 scans of 200 seconds).
+	 * Memory: 1,096 bytes for each 2 MiB with such a page.
+	 */
+	uint32_t backoff;
+	uint32_t reserved;
 };
 
 /**

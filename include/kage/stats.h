@@ -51,7 +51,7 @@ struct kage_stats {
 	uint64_t ksm_pages_shared;   /**< stable frames in use */
 	uint64_t ksm_pages_sharing;  /**< further entries that map them: the frames saved */
 	uint64_t ksm_pages_unshared; /**< unique at the last pass */
-	uint64_t ksm_pages_volatile; /**< left alone because they changed too fast */
+	uint64_t ksm_pages_volatile; /**< that the last pass found written again: while they waited to be quiet, or just after they were looked at */
 	uint64_t ksm_pages_skipped;  /**< pinned or otherwise not eligible at the last pass */
 	uint64_t ksm_zero_pages;     /**< entries that merging put on the zero frame */
 	uint64_t ksm_full_scans;
@@ -78,6 +78,10 @@ struct kage_stats {
 	/* hardened domains (enum kage_domain_flags) */
 	uint64_t frames_reserve; /**< frames kept for draws; not among frames_used */
 	uint64_t references_noted; /**< that broken pages had, and the next step lets go of */
+
+	/* merging, continued */
+	uint64_t ksm_pages_backed_off;  /**< left alone by the last pass: they keep changing (KSM's smart scan: skipped) */
+	uint64_t ksm_chunk_visits;      /**< times that the state of 128 MiB was gone through, ever: none where nothing was written */
 };
 
 /**

@@ -50,7 +50,10 @@ enum kage_region_kind {
 };
 
 enum kage_region_flags {
-	/** The region may be merged. */
+	/**
+	 * The region may be merged. New memory goes before all else: what has been written to it by the first step after
+	 * the call, and has been quiet from then to a later one, is looked at there.
+	 */
 	KAGE_REGION_MERGEABLE = 1u << 0,
 	/** Every first touch of a page goes through `touch` (see below). ANON only. */
 	KAGE_REGION_TRAP = 1u << 1,
@@ -121,14 +124,20 @@ enum kage_advice {
 	KAGE_ADVICE_UNMERGEABLE = 2, /**< break all sharing by merging, and merge no more */
 	KAGE_ADVICE_DISCARD = 3,     /**< contents become zero (or the file's again); memory is given back */
 	KAGE_ADVICE_WILLNEED = 4,    /**< make present and exclusive now */
+	/**
+	 * The contents will last (restored, loaded, given back by the guest): merging looks at all that was written in
+	 * the range in the next step, before everything else, without waiting for a pass in which nobody writes.
+	 * A page that is written all the same has cost a merge and a COW break. No effect while merging is off.
+	 */
+	KAGE_ADVICE_MERGE_FIRST = 5,
 };
 
 /**
  * Advises the engine about a range that regions cover without a hole.
  *
  * Returns KAGE_OK, -EINVAL, -ENOENT (a hole), -EOPNOTSUPP (the regions'
- * kind cannot do it: MERGEABLE on FOREIGN or EXTERNAL, DISCARD on EXTERNAL), -EBUSY (DISCARD of a
- * pinned page), -ENOMEM (UNMERGEABLE and WILLNEED: what was done stays done),
+ * kind cannot do it: MERGEABLE on FOREIGN or EXTERNAL, DISCARD on EXTERNAL; MERGE_FIRST where it is not MERGEABLE), -EBUSY (DISCARD of a
+ * pinned page), -ENOMEM (UNMERGEABLE and WILLNEED: what was done stays done; MERGE_FIRST: it is looked at with all else),
  * -ETIMEDOUT, -EDEADLK as kage_vm_unmap().
  */
 KAGE_API int kage_vm_advise(struct kage_vm *vm, uint64_t gpa, uint64_t len, enum kage_advice advice);

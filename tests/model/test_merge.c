@@ -8,16 +8,18 @@
  *   struct world  an engine, guests, the model of all their pages
  *
  * The model (invariants of merging, KSM's words):
- *  G1  a page is a candidate in pass n if it was not written during the whole
- *      of pass n - 1 or since: written after w passes, from pass w + 2 on.
+ *  G1  a page is looked at in pass n, and a candidate from then on until it is written, if it was not written during the
+ *      whole of pass n - 1 or since, and is not left alone in pass n.
  *  G2  candidates of one domain with equal contents share one stable frame (or
  *      the zero frame, which is not counted); a content that occurs once keeps
  *      its frame and is "unshared", unless its frame is stable already.
  *  G3  pinned and unmergeable pages are never candidates.
  *  G4  frames in use == distinct contents of candidates (zero apart) in each
  *      domain + pages that are set aside: pinned, unmergeable, written lately.
- *  G5  volatile: written in two intervals between passes, one after the other.
- *      For a pass that sees a guest first, everything was written just before.
+ *  G5  a try fails (the page is volatile in this pass) if the page was written while it waited to be quiet, or between
+ *      the pass that looked at it and the next, which it had left something to do. After the k-th failure on end it is left alone for 2^(k-1) passes,
+ *      at most 64. A page that lasted from the pass that looked at it to the next begins anew.
+ *  G6  a guest's first two passes go before the others, and judge nobody: all was written just before.
  *
  * Environment: KAGE_SEED, KAGE_ROUNDS (of churn). One thread; no locks.
  */
@@ -40,8 +42,13 @@
 struct page {
 	bool touched, pinned, unmergeable, stable, zero;
 	unsigned content;
-	uint64_t written; /* passes completed at the last write */
-	uint64_t before;  /* and at the last write in an earlier interval */
+	bool written; /* since the last pass */
+	bool waits;   /* it had been, at the last pass */
+	bool later;   /* quiet, but pinned or left alone */
+	bool seen;    /* looked at since it was written */
+	uint64_t tried;	 /* passes completed after the pass that looked at it; 0: long ago */
+	unsigned failed; /* tries on end */
+	uint64_t until;	 /* passes completed before the pass that does not leave it alone any more */
 };
 
 struct world {
@@ -53,6 +60,7 @@ struct world {
 	unsigned domain[GUESTS], guests, pages;
 	struct page page[GUESTS][PAGES];
 	uint64_t passes, merges, unmerges;
+	bool left; /* the last pass left pages to the next */
 	bool no_zero;
 	unsigned max_sharing;
 };
@@ -101,11 +109,10 @@ static uint64_t gpa_of(unsigned page)
 	return BASE + (uint64_t)page * PAGE;
 }
 
-static void written(const struct world *w, struct page *p)
+static void written(struct page *p)
 {
-	if (p->written != w->passes)
-		p->before = p->written;
-	p->written = w->passes;
+	p->written = true;
+	p->seen = false;
 }
 
 /* Half of the guests are written by a vCPU, whose TLB remembers the right to write. */
@@ -121,7 +128,7 @@ static void put(struct world *w, unsigned g, unsigned p, unsigned content)
 	w->page[g][p].content = content;
 	w->page[g][p].touched = true;
 	w->page[g][p].stable = w->page[g][p].zero = false;
-	written(w, &w->page[g][p]);
+	written(&w->page[g][p]);
 }
 
 static void check_contents(struct world *w)
@@ -146,11 +153,31 @@ static void check_contents(struct world *w)
 
 static bool candidate(const struct world *w, const struct page *p)
 {
-	return p->touched && !p->pinned && !p->unmergeable && w->passes >= p->written + 2;
+	return p->touched && !p->pinned && !p->unmergeable && p->seen;
+}
+
+/* G1, G5, G6: the pass after `w->passes` others comes to the page. True: a try has failed. */
+static bool model_visit(const struct world *w, struct page *p)
+{
+	bool off = w->passes < p->until, recent = w->left && p->tried && p->tried == w->passes, young = w->passes < 2;
+	bool failed = p->written && (p->waits || recent) && !off && !young;
+	bool quiet = (p->waits || p->later) && !p->written, looked = quiet && !off;
+
+	if (p->tried && !p->written)
+		p->failed = 0;
+	if (failed)
+		p->until = w->passes + 1 + (p->failed < 6 ? 1u << p->failed : 64);
+	p->failed += failed;
+	p->tried = looked && !young && !p->pinned ? w->passes + 1 : 0;
+	p->waits = p->written;
+	p->later = (quiet && off) || (looked && p->pinned);
+	p->seen |= looked && !p->pinned;
+	p->written = false;
+	return failed;
 }
 
 struct expected {
-	uint64_t frames, shared, sharing, unshared, volatiles, zero;
+	uint64_t frames, shared, sharing, unshared, volatiles, backed_off, zero;
 };
 
 static void model_zero(struct world *w, unsigned g, struct page *p, struct expected *e)
@@ -199,7 +226,18 @@ static void model_class(struct world *w, unsigned domain, unsigned content, stru
 static struct expected model_pass(struct world *w)
 {
 	struct expected e = {0};
+	bool left = false;
 
+	for (unsigned g = 0; g < w->guests; g++) {
+		for (unsigned i = 0; i < w->pages; i++) {
+			struct page *p = &w->page[g][i];
+
+			e.backed_off += w->passes < p->until;
+			e.volatiles += model_visit(w, p);
+			left |= p->waits || p->later;
+		}
+	}
+	w->left = left;
 	w->passes++;
 	for (unsigned d = 0; d < 3; d++)
 		for (unsigned c = 0; c < CONTENTS; c++)
@@ -211,8 +249,6 @@ static struct expected model_pass(struct world *w)
 			if (!p->touched || candidate(w, p))
 				continue;
 			e.frames++;
-			e.volatiles += !p->unmergeable && w->passes > 1 && p->written == w->passes - 1 &&
-				       p->before == w->passes - 2;
 		}
 	}
 	return e;
@@ -288,6 +324,7 @@ static void check_counters(struct world *w, const struct expected *e)
 	EQ(w, s.ksm_pages_sharing, e->sharing);
 	EQ(w, s.ksm_pages_unshared, e->unshared);
 	EQ(w, s.ksm_pages_volatile, e->volatiles);
+	EQ(w, s.ksm_pages_backed_off, e->backed_off);
 	EQ(w, s.ksm_zero_pages, e->zero);
 	EQ(w, s.ksm_full_scans, w->passes);
 	EQ(w, s.ksm_merges, w->merges);
@@ -321,6 +358,8 @@ static void add_guest(struct world *w, unsigned domain, bool vcpu, uint32_t flag
 	};
 
 	w->domain[g] = domain;
+	for (unsigned i = 0; i < w->pages && i < PAGES; i++)
+		w->page[g][i].written = true;
 	EQ(w, kage_vm_create(w->engine, KAGE_CFG(kage_vm_config, .merge_domain = domain), &w->vm[g]),
 	   KAGE_OK);
 	EQ(w, kage_vm_map(w->vm[g], &r), KAGE_OK);
@@ -423,7 +462,7 @@ static void test_budget(struct world *w, enum kage_backing backing)
 
 static bool quiet(const struct world *w, const struct page *p)
 {
-	return p->touched && w->passes >= p->written + 2;
+	return p->touched && p->seen;
 }
 
 static void pin_some(struct world *w)
@@ -443,6 +482,8 @@ static void pin_some(struct world *w)
 	EQ(w, kage_vm_pin(w->vm[g], gpa_of(i), PAGE, 0, &iov, &n), KAGE_OK);
 	EQ(w, n, 1);
 	p->pinned = true;
+	if (p->stable || p->zero) /* it has been given a frame of its own */
+		written(p);
 	p->stable = p->zero = false;
 }
 
@@ -454,7 +495,7 @@ static void discard_some(struct world *w)
 	if (p->pinned || !quiet(w, p))
 		return;
 	EQ(w, kage_vm_advise(w->vm[g], gpa_of(i), PAGE, KAGE_ADVICE_DISCARD), KAGE_OK);
-	written(w, p);
+	written(p);
 	p->touched = p->stable = p->zero = false;
 	p->content = 0;
 }
@@ -489,20 +530,55 @@ static void test_churn(struct world *w, enum kage_backing backing)
 	close_engine(w);
 }
 
-/* Pages that are written between all passes are left alone, and merge once they are quiet. */
+/* Pages that are written between all passes are left alone, for longer each time, and merge once they are quiet. */
 static void test_volatile(struct world *w, enum kage_backing backing)
 {
+	/* 40 pages that fail, then are left alone for 1, 2, 4 passes; G6 */
+	static const unsigned fails[] = {0, 0, 40, 0, 40, 0, 0, 40, 0, 0, 0, 0, 40};
+	unsigned rounds = sizeof(fails) / sizeof(fails[0]);
+
 	open_engine(w, "volatile", backing);
 	four_guests(w, KAGE_REGION_NOHUGE);
 	populate(w, 100);
-	for (unsigned round = 0; round < 4; round++) {
+	for (unsigned round = 0; round < rounds; round++) {
 		for (unsigned p = 0; p < 40; p++)
 			put(w, p % w->guests, p, 3);
 		pass(w, 0);
-		EQ(w, stats(w, NULL).ksm_pages_volatile, round ? 40 : 0);
+		EQ(w, stats(w, NULL).ksm_pages_volatile, fails[round]);
+		EQ(w, stats(w, NULL).ksm_pages_backed_off, round > 1 && !fails[round] ? 40 : 0);
+	}
+	for (unsigned round = 0; round < 8; round++) { /* the fourth failure was the last */
+		EQ(w, w->page[0][0].seen, false);
+		pass(w, 0);
+		EQ(w, stats(w, NULL).ksm_pages_volatile, 0);
+		EQ(w, stats(w, NULL).ksm_pages_backed_off, 40);
 	}
 	pass(w, 0);
-	EQ(w, stats(w, NULL).ksm_pages_volatile, 0);
+	EQ(w, w->page[0][0].seen, true);
+	EQ(w, stats(w, NULL).ksm_pages_backed_off, 0);
+	close_engine(w);
+}
+
+/* Without back-off a page is looked at as soon as it has been quiet for a pass, however often it has failed. */
+static void test_no_backoff(struct world *w, enum kage_backing backing)
+{
+	open_engine(w, "no back-off", backing);
+	EQ(w, kage_engine_tune(w->engine, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE | KAGE_TUNE_NO_BACKOFF)), KAGE_OK);
+	add_guest(w, 0, false, KAGE_REGION_NOHUGE);
+	populate(w, 100);
+	for (unsigned round = 0; round < 8; round++) {
+		put(w, 0, 5, 3);
+		step(w, 0);
+		w->passes++;
+		EQ(w, stats(w, NULL).ksm_pages_volatile, round >= 2);
+		EQ(w, stats(w, NULL).ksm_pages_backed_off, 0);
+	}
+	for (unsigned round = 0; round < 2; round++) {
+		EQ(w, stats(w, w->vm[0]).pages_private != 0, true);
+		step(w, 0);
+		w->passes++;
+	}
+	w->merges = stats(w, NULL).ksm_merges;
 	close_engine(w);
 }
 
@@ -516,7 +592,7 @@ static void advise_all(struct world *w, unsigned g, enum kage_advice advice)
 		w->unmerges += p->unmergeable && (p->stable || p->zero);
 		p->stable &= !p->unmergeable;
 		p->zero &= !p->unmergeable;
-		written(w, p);
+		written(p);
 	}
 }
 
@@ -631,6 +707,8 @@ static void test_clone(struct world *w, enum kage_backing backing)
 		EQ(w, kage_vm_clone(w->vm[c - 4], NULL, &w->vm[c]), KAGE_OK);
 		w->domain[c] = w->domain[c - 4];
 		memcpy(w->page[c], w->page[c - 4], sizeof(w->page[c]));
+		for (unsigned p = 0; p < w->pages; p++)
+			w->page[c][p].written = true; /* for a pass that sees it first */
 		w->guests++;
 	}
 	EQ(w, stats(w, NULL).frames_used, frames);
@@ -641,9 +719,9 @@ static void test_clone(struct world *w, enum kage_backing backing)
 	}
 	check_contents(w);
 	audit(w);
-	for (unsigned i = 0; i < 3; i++) {
+	for (unsigned i = 0; i < 5; i++) {
 		step(w, 0);
-		w->passes++;
+		model_pass(w);
 		audit(w);
 		check_contents(w);
 	}
@@ -757,6 +835,7 @@ int main(void)
 		test_budget(&w, b);
 		test_churn(&w, b);
 		test_volatile(&w, b);
+		test_no_backoff(&w, b);
 		test_unmerge(&w, b);
 		test_break(&w, b);
 		test_no_zero(&w, b);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What merging looks at, and when: advised steps. Time is a clock
+ * What merging looks at, and when: advised steps, new guests, hints, idle memory. Time is a clock
  * that the test moves; nothing here depends on how fast the machine is.
  */
 #include <check.h>
@@ -105,6 +105,7 @@ START_TEST(bad_settings)
 {
 	static const struct kage_tune bad[] = {
 		{.cpu_share = 10001}, {.scan_msec = 86400001}, {.min_pages = 65, .max_pages = 64}, {.max_sharing = 1},
+		{.backoff = 101}, {.reserved = 1}, {.flags = 4},
 	};
 
 	for (unsigned i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
@@ -200,6 +201,168 @@ START_TEST(advised_steps_sleep)
 }
 END_TEST
 
+/* -- hints, and what is new ---------------------------------------------------------------------- */
+
+/* A guest that is new while a long pass is under way: two steps, and it has found its family. */
+START_TEST(new_guests_go_first)
+{
+	struct kage_vm *old = guest(8192, KAGE_REGION_MERGEABLE), *family[4];
+	struct kage_progress p;
+
+	tune(0, 0, 0, 0, 0);
+	for (unsigned g = 0; g < 3; g++)
+		family[g] = guest(256, KAGE_REGION_MERGEABLE);
+	for (unsigned i = 0; i < 256; i++)
+		for (unsigned g = 0; g < 3; g++)
+			put(family[g], i, 1 + i);
+	for (unsigned i = 0; i < 3; i++)
+		step(0, 0);
+	is(stats(NULL).ksm_pages_shared, 256);
+	is(stats(NULL).ksm_pages_sharing, 512);
+	for (unsigned i = 0; i < 8192; i++)
+		put(old, i, 5000 + i);
+	step(0, 0);
+	p = step(0, 100); /* a pass that will take a while */
+	is(p.pages_scanned, 100);
+	is(p.more, 1);
+	family[3] = guest(256, KAGE_REGION_MERGEABLE);
+	for (unsigned i = 0; i < 256; i++)
+		put(family[3], i, 1 + i);
+	ck_assert(due());
+	p = step(0, 1);
+	is(p.pages_merged, 0); /* what it holds is known from here on */
+	p = step(0, 256);
+	is(p.pages_scanned, 256);
+	is(p.pages_merged, 256);
+	is(stats(family[3]).pages_shared_merge, 256);
+	is(stats(NULL).frames_used, 256 + 8192);
+	for (unsigned g = 0; g < 4; g++)
+		is(kage_vm_destroy(family[g]), 0);
+	is(kage_vm_destroy(old), 0);
+}
+END_TEST
+
+/* What a new guest goes on writing is not merged on the way, and nothing of a guest's end is left behind. */
+START_TEST(new_guests_that_write)
+{
+	struct kage_vm *vm, *gone;
+
+	tune(0, 0, 0, 0, 0);
+	vm = guest(64, KAGE_REGION_MERGEABLE);
+	gone = guest(64, KAGE_REGION_MERGEABLE);
+	for (unsigned i = 0; i < 64; i++)
+		put(vm, i, 1);
+	step(0, 0);
+	is(kage_vm_destroy(gone), 0);
+	for (unsigned i = 0; i < 10; i++)
+		put(vm, i, 1);
+	is(step(0, 0).pages_merged, 53); /* the first of 54 stays where it is */
+	is(stats(vm).pages_private, 10);
+	is(step(0, 0).pages_merged, 10);
+	is(kage_vm_destroy(vm), 0);
+}
+END_TEST
+
+START_TEST(hints_go_first_and_do_not_wait)
+{
+	struct kage_vm *vm = guest(1024, KAGE_REGION_MERGEABLE);
+	struct kage_progress p;
+
+	tune(0, 0, 0, 0, 0);
+	for (unsigned i = 0; i < 1024; i++)
+		put(vm, i, 7);
+	is(kage_vm_advise(vm, 100 * PAGE, 50 * PAGE, KAGE_ADVICE_MERGE_FIRST), 0);
+	is(kage_vm_advise(vm, 150 * PAGE, 50 * PAGE, KAGE_ADVICE_MERGE_FIRST), 0);
+	p = step(0, 100);
+	is(p.pages_scanned, 100);
+	is(p.pages_merged, 99);
+	is(stats(vm).pages_shared_merge, 100);
+	p = step(0, 0);
+	is(p.pages_merged, 0);
+	p = step(0, 0);
+	is(p.pages_merged, 924);
+	/* written, hinted, merged again, though it has just changed */
+	put(vm, 5, 9);
+	put(vm, 6, 9);
+	is(kage_vm_advise(vm, 0, 10 * PAGE, KAGE_ADVICE_MERGE_FIRST), 0);
+	p = step(0, 0);
+	is(p.pages_scanned, 2);
+	is(p.pages_merged, 1);
+	is(kage_vm_destroy(vm), 0);
+}
+END_TEST
+
+START_TEST(hints_are_checked)
+{
+	struct kage_vm *vm = guest(64, KAGE_REGION_MERGEABLE);
+
+	is(kage_vm_advise(vm, 0, 64 * PAGE, KAGE_ADVICE_MERGE_FIRST), 0); /* merging is off: nothing to remember */
+	is(step(0, 0).pages_scanned, 0);
+	tune(0, 0, 0, 0, 0);
+	is(kage_vm_advise(vm, 0, 65 * PAGE, KAGE_ADVICE_MERGE_FIRST), -ENOENT);
+	is(kage_vm_advise(vm, 0, 1, KAGE_ADVICE_MERGE_FIRST), -EINVAL);
+	is(kage_vm_map(vm, KAGE_CFG(kage_region, .gpa = 64 * PAGE, .len = PAGE)), 0);
+	is(kage_vm_advise(vm, 0, 65 * PAGE, KAGE_ADVICE_MERGE_FIRST), -EOPNOTSUPP);
+	is(kage_vm_advise(vm, 64 * PAGE, PAGE, KAGE_ADVICE_MERGEABLE), 0);
+	is(kage_vm_advise(vm, 0, 65 * PAGE, KAGE_ADVICE_MERGE_FIRST), 0);
+	is(kage_vm_destroy(vm), 0); /* with the hint that nobody has looked at */
+	step(0, 0);
+}
+END_TEST
+
+/* -- cost follows writes ---------------------------------------------------------------------------- */
+
+START_TEST(idle_memory_costs_nothing)
+{
+	uint64_t chunk = (uint64_t)128 << 20, chunks = 512; /* 64 GiB */
+	struct kage_stats before, after;
+	struct kage_vm *vm;
+
+	tune(0, 0, 0, 0, 0);
+	is(kage_vm_create(engine, NULL, &vm), 0);
+	is(kage_vm_map(vm, KAGE_CFG(kage_region, .len = chunks * chunk, .flags = KAGE_REGION_MERGEABLE)), 0);
+	for (unsigned i = 0; i < chunks; i++)
+		put(vm, i * chunk / PAGE, 1 + i);
+	for (unsigned i = 0; i < 5; i++)
+		step(0, 0);
+	before = stats(vm);
+	is(before.ksm_pages_unshared, chunks);
+	for (unsigned i = 0; i < 100; i++)
+		step(0, 0);
+	after = stats(vm);
+	is(after.ksm_full_scans - before.ksm_full_scans, 100);
+	is(after.ksm_chunk_visits - before.ksm_chunk_visits, 0);
+	is(after.ksm_pages_scanned - before.ksm_pages_scanned, 0);
+	/* three pages of two chunks are written: three are read, and only those chunks are gone through */
+	put(vm, 7, 4242);
+	put(vm, 9, 4243);
+	put(vm, 300 * chunk / PAGE, 4244);
+	for (unsigned i = 0; i < 20; i++)
+		step(0, 0);
+	is(stats(vm).ksm_chunk_visits - after.ksm_chunk_visits, 4); /* one finds them written, one quiet */
+	is(stats(vm).ksm_pages_scanned - after.ksm_pages_scanned, 3);
+	is(kage_vm_destroy(vm), 0);
+}
+END_TEST
+
+/* Equal contents appear in what has been idle for long: merged in the pass after the one that saw them come. */
+START_TEST(idle_memory_is_not_forgotten)
+{
+	struct kage_vm *vm = guest(4096, KAGE_REGION_MERGEABLE);
+
+	tune(0, 0, 0, 0, 0);
+	for (unsigned i = 0; i < 4096; i++)
+		put(vm, i, 1 + i);
+	for (unsigned i = 0; i < 60; i++)
+		step(0, 0);
+	for (unsigned i = 0; i < 4096; i += 37)
+		put(vm, i, 9999);
+	step(0, 0);
+	is(step(0, 0).pages_merged, 4096 / 37);
+	is(kage_vm_destroy(vm), 0);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("merge-policy");
@@ -213,6 +376,12 @@ int main(void)
 	tcase_add_test(tc, advised_steps_keep_the_pace);
 	tcase_add_test(tc, advised_with_a_limit);
 	tcase_add_test(tc, advised_steps_sleep);
+	tcase_add_test(tc, new_guests_go_first);
+	tcase_add_test(tc, new_guests_that_write);
+	tcase_add_test(tc, hints_go_first_and_do_not_wait);
+	tcase_add_test(tc, hints_are_checked);
+	tcase_add_test(tc, idle_memory_costs_nothing);
+	tcase_add_test(tc, idle_memory_is_not_forgotten);
 	suite_add_tcase(suite, tc);
 	runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);
