@@ -10,6 +10,7 @@
  * that the kernel has free.
  */
 #include <stdio.h>
+#include <sys/resource.h>
 
 #include "merge.h"
 
@@ -41,17 +42,26 @@ static double break_ours(struct ours *o, struct run *r)
 	return ns / (double)c->pages;
 }
 
+static long faults(void)
+{
+	struct rusage u;
+
+	getrusage(RUSAGE_THREAD, &u);
+	return u.ru_minflt;
+}
+
+/* ksmd's counters fall when it next comes by; each break is one fault. */
 static double break_theirs(struct theirs *t, struct run *r)
 {
 	const struct contents *c = &t->contents;
 	unsigned g = c->guests - 1;
+	long before = faults();
 	double ns = cpu_ns();
 
 	for (uint64_t page = 0; page < c->pages; page++)
 		*(volatile uint64_t *)(t->p[g] + page * PAGE) = mix(c->key(c, g, page) + 1);
 	ns = cpu_ns() - ns;
-	/* Two equal guests: breaking all pages of one leaves nothing shared by two. */
-	run_check(r, c->guests != 2 || ksm_counts().sharing == 0, "not every write broke a KSM page");
+	run_check(r, faults() - before >= (long)c->pages, "not every write broke a KSM page");
 	return ns / (double)c->pages;
 }
 

@@ -31,8 +31,16 @@
 #define WAIT_MS	   600000
 #define WINDOW_NS  (form.smoke ? 20e6 : 400e6) /* CPU time of each guest in which its speed is measured */
 
+/* What guests have done, and the CPU time that took. */
+struct gauge {
+	uint64_t count;
+	double cpu;
+};
+
 struct pair {
 	struct subject *guest[GUESTS];
+	struct gauge begun; /* when merging began */
+	uint64_t merged;
 	struct guest_args args;
 	uint64_t equal; /* pages after the first OWN_PAGES */
 	bool ok;
@@ -42,6 +50,7 @@ struct figures {
 	struct series cpu;	       /* ns a merged page */
 	struct series before, merging; /* ns an iteration */
 	struct series after, passes;   /* ns an iteration */
+	struct series loss;	       /* us of the guests' CPU a merged page */
 	struct series cow;	       /* ns a write */
 	double saved;
 };
@@ -125,11 +134,6 @@ static void check_contents(struct pair *p, bool written)
 }
 
 /* -- how fast they are ------------------------------------------------------------------------- */
-
-struct gauge {
-	uint64_t count;
-	double cpu;
-};
 
 static double thread_ns(pthread_t thread)
 {
@@ -222,6 +226,8 @@ static void merge_ours(struct pair *p, struct figures *f)
 	cpu += subject_settle(p->guest[0]);
 	end = gauge(p);
 	check(p, merged >= p->equal, "Kage did not merge all equal pages");
+	p->begun = begin;
+	p->merged = merged;
 	series_add(&f->cpu, cpu / (double)merged);
 	series_add(&f->merging, speed(&begin, &end));
 }
@@ -245,6 +251,8 @@ static void merge_theirs(struct pair *p, struct figures *f)
 	}
 	end = gauge(p);
 	check(p, now.sharing >= p->equal, "ksmd did not merge all equal pages");
+	p->begun = begin;
+	p->merged = now.sharing;
 	series_add(&f->cpu, (now.cpu - first.cpu) / (double)now.sharing);
 	series_add(&f->merging, speed(&begin, &end));
 }
@@ -272,6 +280,15 @@ static void pair_destroy(struct pair *p)
 		subject_destroy(p->guest[g]);
 }
 
+/* What the guests lost from the begin of merging until every page has been read again. */
+static double loss(const struct pair *p, double undisturbed)
+{
+	struct gauge now = gauge(p);
+	double done = (double)(now.count - p->begun.count);
+
+	return (now.cpu - p->begun.cpu - done * undisturbed) / (double)p->merged / 1e3;
+}
+
 static bool turn(uint64_t bytes, bool ours, struct figures *f)
 {
 	struct pair p = pair_create(bytes, ours);
@@ -284,6 +301,7 @@ static bool turn(uint64_t bytes, bool ours, struct figures *f)
 	else
 		merge_theirs(&p, f);
 	warm_up(&p);
+	series_add(&f->loss, loss(&p, f->before.v[f->before.n - 1]));
 	if (ours) {
 		series_add(&f->passes, watch(&p, one_pass));
 		tune(&p, 0);
@@ -345,8 +363,8 @@ static void speed_row(const char *name, bool ok, const struct series *s, const s
 
 void bench_merge_kvm(const struct bench *b)
 {
-	static const char *const names[] = {"kvm", "kvm-guest-merging", "kvm-guest-passes", "cow-break-kvm",
-					    NULL};
+	static const char *const names[] = {"kvm",	     "kvm-guest-merging", "kvm-guest-passes",
+					    "cow-break-kvm", "kvm-guest-loss",	  NULL};
 	uint64_t bytes = form.smoke ? 16 * MIB : 256 * MIB;
 	unsigned reps = form.smoke ? 1 : b->quick ? 1 : 5;
 	struct row row = {.name = names[0], .unit = "ns", .peer = "ksmd", .goal = GOAL_RATIO, .limit = 1};
@@ -355,6 +373,7 @@ void bench_merge_kvm(const struct bench *b)
 			  .peer = "the guest's break of a plain MAP_PRIVATE page",
 			  .goal = GOAL_RATIO,
 			  .limit = 0.95};
+	struct row lost = {.name = names[4], .unit = "us", .peer = "ksmd"};
 	struct figures ours = {0}, peer = {0};
 	struct series plain = {0};
 	bool ok = true;
@@ -367,7 +386,7 @@ void bench_merge_kvm(const struct bench *b)
 		if (!form.alone)
 			ok &= turn(bytes, false, &peer);
 	}
-	row.isvoid = cow.isvoid = !ok;
+	row.isvoid = cow.isvoid = lost.isvoid = !ok;
 	row_note(&row,
 		 "CPU of a saved frame while both guests run; of the stepping thread, releasing included");
 	row_note(&cow, "a guest's first write to each merged page, after it has read it%s",
@@ -381,4 +400,8 @@ void bench_merge_kvm(const struct bench *b)
 	speed_row(names[1], ok, &ours.merging, &ours.before, &peer, &peer.merging, &peer.before);
 	speed_row(names[2], ok, &ours.passes, &ours.after, &peer, &peer.passes, &peer.after);
 	finish_row(&cow, &ours.cow, &plain);
+	row_note(&lost, "CPU of the guests' threads for each saved frame, from the begin of merging until "
+			"all was read again, less what "
+			"the same iterations took before");
+	finish_row(&lost, &ours.loss, &peer.loss);
 }

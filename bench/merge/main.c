@@ -19,8 +19,8 @@ struct form form;
 #ifndef BENCH_KVM
 void bench_merge_kvm(const struct bench *b)
 {
-	static const char *const names[] = {"kvm", "kvm-guest-merging", "kvm-guest-passes", "cow-break-kvm",
-					    NULL};
+	static const char *const names[] = {"kvm",	     "kvm-guest-merging", "kvm-guest-passes",
+					    "cow-break-kvm", "kvm-guest-loss",	  NULL};
 
 	if (!skip_case(names))
 		skip_because(names, "built without the VMM of tests/vmm (x86-64, KVM headers, -Dtests=true)");
