@@ -125,7 +125,7 @@ static bool put_script(void)
 	      "set title \"A guest's writes while it is merged\"\n"
 	      "set xlabel 'microseconds (wall)'\nset ylabel 'share of writes'\n"
 	      "set logscale xy\nset key top right\nset yrange [1e-6:1]\n"
-	      "plot for [i=0:last] 'merge-latency.dat' index i using 1:($2 > 0 ? $2 : NaN) title "
+	      "plot for [i=0:last] 'merge-latency.dat' index i using 1:($2 > 0 ? $2 : 1e-9) title "
 	      "columnheader(1) "
 	      "with histeps linewidth 2\n",
 	      f);
