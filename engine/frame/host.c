@@ -393,6 +393,11 @@ static bool populated_mincore(struct pool *pool, pfn_t pfn, unsigned npages, uin
 
 	if (mincore(at, n * host_page_size(), vec) != 0)
 		return false;
+	if (n == npages) { /* the host's pages are frames */
+		for (unsigned i = 0; i < n; i++)
+			map[i / 64] |= (uint64_t)(vec[i] & 1) << i % 64;
+		return true;
+	}
 	for (unsigned i = 0; i < n; i++)
 		if (vec[i] & 1)
 			set_host_page(map, i, before, npages);

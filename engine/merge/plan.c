@@ -32,10 +32,12 @@
  *      lock; redirects
  *      end                                  fault: W is gone, COW break of the merged frame
  *
- *      merging                              pin
- *      compares                             range lock, entry, frame_pin(), entry again (mm/access.c)
- *      lock level 0
- *      pins != 0: page let go     or        entry has changed: takes the new frame, breaks it
+ *      merging                              pin (mm/access.c, X3)
+ *      places found
+ *                                           section: no change in flight; frame_pin() under level 0
+ *      start
+ *      lock level 0; pins != 0:
+ *      page let go                or        section waits for the end, breaks the merged frame, pins the copy
  *
  *      merging                              discard, unmap, destroy
  *      places found                         range lock for writing; start
