@@ -202,7 +202,9 @@ static void add_pool(struct host *h, struct kage_stats *out)
 	struct pool_stats st;
 
 	pool_stats(h->pool, &st);
-	out->frames_used = st.arena_used - st.arena_tables + pool_home_pages(h->pool) - out->frames_reserve;
+	out->frames_used = st.arena_used - st.arena_tables + pool_home_pages(h->pool);
+	/* the two were not read at one instant */
+	out->frames_used -= MIN(out->frames_used, out->frames_reserve);
 	out->frames_table = st.arena_tables;
 	out->frames_free = st.arena_free;
 	out->frames_pending = st.pending;

@@ -16,7 +16,7 @@ KAGE_BEGIN
 struct kage_vm_config {
 	uint32_t size;
 	/**
-	 * Frames are only ever shared between guests of one merge domain. A
+	 * Frames are only ever shared between guests of one merge domain (kage_domain_configure()). A
 	 * clone is always in its parent's domain (its config says 0 or the
 	 * same number, else -EINVAL). At most 65535.
 	 */
@@ -158,7 +158,8 @@ KAGE_API int kage_vm_clone(struct kage_vm *vm, const struct kage_vm_config *conf
 
 /**
  * Reads guest memory by guest physical address; any alignment and length.
- * Untouched memory reads as zero and stays untouched. Returns KAGE_OK,
+ * Untouched memory reads as zero and stays untouched. In a hardened merge domain it is an access as a guest's: it may
+ * need a frame. Returns KAGE_OK,
  * KAGE_MMIO (part of the range is no readable memory; nothing is promised
  * about the buffer), KAGE_WAIT, -EINVAL, -ENOMEM. Any thread. Not atomic
  * against writers.

@@ -634,6 +634,98 @@ START_TEST(hardened_clones)
 }
 END_TEST
 
+/* No frame has more users than it may; the others are fused all the same. */
+START_TEST(hardened_sharing_is_limited)
+{
+	struct kage_vm *a;
+	unsigned frames = 0;
+
+	ck_assert_int_eq(kage_engine_tune(engine, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE, .max_sharing = 3)), 0);
+	harden(FRAMES);
+	a = guest(HARD);
+	for (unsigned i = 0; i < PAGES; i++)
+		put(a, i, 5);
+	merge();
+	for (unsigned i = 0; i < PAGES; i++) {
+		bool first = true;
+
+		ck_assert(fused(a, i));
+		ck_assert_uint_le(pfn_frame(engine->pool, look(a, i).pfn)->refs, 3);
+		for (unsigned j = 0; j < i; j++)
+			first &= !pfn_eq(look(a, i).pfn, look(a, j).pfn);
+		frames += first;
+	}
+	ck_assert_uint_eq(frames, (PAGES + 2) / 3);
+	kage_vm_destroy(a);
+}
+END_TEST
+
+static unsigned allocations, fails_at;
+
+static void *failing_alloc(void *opaque, size_t bytes)
+{
+	void *p;
+
+	if (++allocations == fails_at || posix_memalign(&p, 64, bytes))
+		return NULL;
+	return memset(p, 0, bytes);
+}
+
+static void plain_free(void *opaque, void *p, size_t bytes)
+{
+	free(p);
+}
+
+/* Every allocation of configuring, merging and breaking fails once: nothing is lost, nothing leaks. */
+START_TEST(hardened_without_an_object)
+{
+	for (unsigned n = 1;; n++) {
+		struct kage_vm *a;
+		uint64_t word;
+		bool done;
+		int r;
+
+		fails_at = 0;
+		ck_assert_int_eq(kage_engine_create(KAGE_CFG(kage_engine_config, .alloc = { failing_alloc, plain_free, NULL }),
+						    &engine), 0);
+		ck_assert_int_eq(kage_engine_tune(engine, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE)), 0);
+		allocations = 0;
+		fails_at = n;
+		r = kage_domain_configure(engine, HARD, KAGE_CFG(kage_domain_config, .flags = KAGE_DOMAIN_HARDENED,
+								 .reserve_frames = FRAMES));
+		if (r == -ENOMEM)
+			harden(FRAMES);
+		a = NULL;
+		if (kage_vm_create(engine, KAGE_CFG(kage_vm_config, .merge_domain = HARD), &a))
+			ck_assert_int_eq(kage_vm_create(engine, KAGE_CFG(kage_vm_config, .merge_domain = HARD), &a), 0);
+		while (kage_vm_map(a, KAGE_CFG(kage_region, .len = PAGES * PAGE, .flags = KAGE_REGION_MERGEABLE)))
+			;
+		for (unsigned i = 0; i < PAGES; i++) {
+			word = 1 + i / 2;
+			while (kage_vm_write(a, i * PAGE, &word, 8))
+				;
+		}
+		for (unsigned i = 0; i < 5; i++)
+			kage_engine_step(engine, NULL, NULL); /* one of them may run out of memory */
+		for (unsigned i = 0; i < PAGES; i++) {
+			ck_assert(fused(a, i));
+			while (kage_vm_read(a, i * PAGE, &word, 8))
+				;
+			ck_assert_uint_eq(word, 1 + i / 2);
+		}
+		done = allocations < fails_at;
+		fails_at = 0;
+		audit();
+		ck_assert_int_eq(kage_vm_destroy(a), 0);
+		audit();
+		ck_assert_int_eq(kage_engine_destroy(engine), 0);
+		if (done)
+			break;
+		ck_assert_uint_lt(n, 10000);
+	}
+}
+END_TEST
+
 /* More references than there is room to note: nothing is lost. */
 START_TEST(hardened_notes_run_over)
 {
@@ -686,10 +778,12 @@ int main(void)
 		tcase_add_test(tc, hardened_and_the_vmm);
 		tcase_add_test(tc, hardened_clones);
 		tcase_add_test(tc, hardened_notes_run_over);
+		tcase_add_test(tc, hardened_sharing_is_limited);
 		suite_add_tcase(s, tc);
 	}
 	tcase_add_test(bare, salts_are_a_domains_own);
 	tcase_add_test(bare, hardened_without_memory);
+	tcase_add_test(bare, hardened_without_an_object);
 	suite_add_tcase(s, bare);
 	sr = srunner_create(s);
 	srunner_set_fork_status(sr, CK_NOFORK);
