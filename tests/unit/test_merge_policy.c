@@ -363,6 +363,41 @@ START_TEST(idle_memory_is_not_forgotten)
 }
 END_TEST
 
+/* -- limits ------------------------------------------------------------------------------------------ */
+
+/* Twice as many pages as may share a frame, one more, and one more than that; then room comes back. */
+START_TEST(sharers_beyond_the_limit)
+{
+	struct kage_vm *vm = guest(32, KAGE_REGION_MERGEABLE);
+	struct kage_stats s;
+
+	tune(8, 0, 0, 0, 0);
+	for (unsigned i = 0; i < 17; i++)
+		put(vm, i, 3);
+	for (unsigned i = 0; i < 3; i++)
+		step(0, 0);
+	s = stats(NULL);
+	is(s.ksm_pages_shared, 2);
+	is(s.ksm_pages_sharing, 14);
+	is(s.ksm_pages_unshared, 1); /* nobody to share a third frame with */
+	is(s.frames_used, 3);
+	put(vm, 17, 3);
+	for (unsigned i = 0; i < 3; i++)
+		step(0, 0);
+	s = stats(NULL);
+	is(s.ksm_pages_shared, 3);
+	is(s.ksm_pages_sharing, 15);
+	is(s.frames_used, 3);
+	for (unsigned i = 0; i < 18; i++) /* whichever frame they are on: two full, and one with room for six */
+		is(kage_vm_advise(vm, i * PAGE, PAGE, KAGE_ADVICE_WILLNEED), 0);
+	is(stats(NULL).ksm_pages_shared, 0);
+	for (unsigned i = 0; i < 4; i++)
+		step(0, 0);
+	is(stats(NULL).frames_used, 3);
+	is(kage_vm_destroy(vm), 0);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("merge-policy");
@@ -382,6 +417,7 @@ int main(void)
 	tcase_add_test(tc, hints_are_checked);
 	tcase_add_test(tc, idle_memory_costs_nothing);
 	tcase_add_test(tc, idle_memory_is_not_forgotten);
+	tcase_add_test(tc, sharers_beyond_the_limit);
 	suite_add_tcase(suite, tc);
 	runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);
