@@ -175,6 +175,15 @@ static bool spot_holds(const struct fuse *f, const struct spot *s)
 	return pfn_eq(table, s->table) && slot == s->slot && maps(entry_load(slot), level, f->gfn, f->from);
 }
 
+/* Before contents are read (X3 of mm/access.c): no pin begins before the end, and what one stored is seen. */
+static bool fuse_pinned(const struct fuse *f)
+{
+	bool pinned = frame_pins(pfn_frame(f->h->pool, f->from)) != 0;
+
+	atomic_thread_fence(memory_order_acquire);
+	return pinned;
+}
+
 /* Nobody writes the frame: a copy is what the page holds, and a comparison final. */
 static int fuse_inspect(struct change *c)
 {
@@ -183,7 +192,7 @@ static int fuse_inspect(struct change *c)
 	int r = -EAGAIN;
 
 	rcu_enter();
-	if (spot_holds(f, &f->spot[0])) {
+	if (spot_holds(f, &f->spot[0]) && !fuse_pinned(f)) {
 		r = 0;
 		if (f->fresh) {
 			guest_copy(into, from, PAGE_SIZE);

@@ -18,7 +18,7 @@
  *        COW break            its entry has no W: who pins sets it first, and the recheck finds another entry
  *        adoption, widening   adopt_inspect(). What it put in place is shown from its end on; where the host had no
  *                             mapping, nobody has pinned what goes back
- *        merging              page_compare() (merge/plan.c)
+ *        merging              page_compare() (merge/plan.c); in hardened domains fuse_inspect() (merge/hardened.c)
  *        discard, unmap       mm->range for writing, no pin can come; zap_prepare() refuses what is pinned
  *        clone                the same; pinned pages are copied for the child (K2 of clone.c), and not frozen (K4)
  *        attach, detach       the same, and adoption

@@ -4,12 +4,15 @@
  */
 #include <check.h>
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include <kage/kage.h>
+#include <kage/notifier.h>
 #include "api/engine.h"
 #include "api/vm.h"
 #include "base/trace.h"
@@ -753,6 +756,110 @@ START_TEST(hardened_notes_run_over)
 }
 END_TEST
 
+/*
+ * A pin that is taken after merging has looked, and is over when the entry changes; in between its device stores.
+ *
+ *      the step                              others
+ *      looks: page 4 is not pinned
+ *      start of the change of page 3         page 4 is pinned
+ *      start of the change of page 4         its table's lock is taken
+ *      inspects page 4; waits for the lock   the device stores; unpinned; the lock is let go of
+ */
+static struct {
+	struct kage_notifier notifier;
+	struct kage_vm *vm;
+	struct iovec iov;
+	pthread_t locker;
+	unsigned pins, stores;
+	_Atomic bool locked, over;
+} late;
+
+static void *late_pin(void *arg)
+{
+	unsigned n = 1;
+
+	ck_assert_int_eq(kage_vm_pin(late.vm, 4 * PAGE, PAGE, 0, &late.iov, &n), 0);
+	late.pins++;
+	return NULL;
+}
+
+static void *late_store(void *arg)
+{
+	*(volatile uint64_t *)late.iov.iov_base = 99;
+	late.stores++;
+	ck_assert_int_eq(kage_vm_unpin(late.vm, 4 * PAGE, PAGE), 0);
+	return NULL;
+}
+
+static void on_thread(void *(*fn)(void *))
+{
+	pthread_t t;
+
+	ck_assert_int_eq(pthread_create(&t, NULL, fn, NULL), 0);
+	ck_assert_int_eq(pthread_join(t, NULL), 0);
+}
+
+static void *late_lock(void *arg)
+{
+	struct lock *l = table_lock_of(late.vm->mm.family, 0, GFN(4));
+
+	lock_take(l);
+	late.locked = true;
+	while (atomic_load(&l->word) != 2 && !late.over)
+		usleep(100);
+	on_thread(late_store); /* a thread with a table lock takes no mm->range */
+	lock_drop(l);
+	return NULL;
+}
+
+static int late_start(struct kage_notifier *n, const struct kage_range *r)
+{
+	if (r->start == 3 * PAGE && late.pins == 0)
+		on_thread(late_pin);
+	if (r->start == 4 * PAGE && late.pins == 1 && !late.locked) {
+		ck_assert_int_eq(pthread_create(&late.locker, NULL, late_lock, NULL), 0);
+		while (!late.locked)
+			usleep(100);
+	}
+	return 0;
+}
+
+static void late_end(struct kage_notifier *n, const struct kage_range *r)
+{
+	if (r->start == 4 * PAGE)
+		late.over = true;
+}
+
+static const struct kage_notifier_ops late_ops = { .invalidate_range_start = late_start, .invalidate_range_end = late_end };
+
+/* Page 4 is copied to a frame of its own; or has its like, and is compared with it. */
+START_TEST(hardened_pins_that_are_over)
+{
+	struct kage_vm *a;
+	uint64_t word;
+
+	harden(FRAMES);
+	memset(&late, 0, sizeof(late));
+	late.vm = a = guest(HARD);
+	put(a, 1, _i ? 5 : 6);
+	merge();
+	put(a, 3, 4);
+	put(a, 4, 5);
+	ck_assert_int_eq(kage_notifier_register(a, &late.notifier, &late_ops), 0);
+	merge();
+	ck_assert_uint_eq(late.pins, 1);
+	ck_assert(late.locked);
+	ck_assert_int_eq(pthread_join(late.locker, NULL), 0);
+	ck_assert_uint_eq(late.stores, 1);
+	merge();
+	ck_assert(fused(a, 3) && fused(a, 4));
+	ck_assert_int_eq(kage_vm_read(a, 4 * PAGE, &word, 8), 0);
+	ck_assert_uint_eq(word, 99);
+	ck_assert_int_eq(kage_notifier_unregister(&late.notifier), 0);
+	kage_vm_destroy(a);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *s = suite_create("tenant");
@@ -779,6 +886,7 @@ int main(void)
 		tcase_add_test(tc, hardened_clones);
 		tcase_add_test(tc, hardened_notes_run_over);
 		tcase_add_test(tc, hardened_sharing_is_limited);
+		tcase_add_loop_test(tc, hardened_pins_that_are_over, 0, 2);
 		suite_add_tcase(s, tc);
 	}
 	tcase_add_test(bare, salts_are_a_domains_own);
