@@ -259,7 +259,7 @@ int kage_vcpu_fetch_slow(struct kage_vcpu *v, uint64_t gva, void *buf, size_t le
 
 void kage_vcpu_enter(struct kage_vcpu *v)
 {
-	atomic_store_explicit(&v->cpu.enter_thread, (uintptr_t)pthread_self(), memory_order_relaxed);
+	shadow_enter(&v->cpu);
 	tlb_unpark(v);
 	window_open(v);
 }
@@ -270,7 +270,7 @@ void kage_vcpu_leave(struct kage_vcpu *v)
 
 	if (win & 1)
 		store_release(&v->head.win, win + 1);
-	atomic_store_explicit(&v->cpu.enter_thread, 0, memory_order_relaxed);
+	shadow_leave(&v->cpu);
 	tlb_park(v);
 }
 

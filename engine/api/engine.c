@@ -275,6 +275,11 @@ static int entered(struct mm *mm, void *arg)
 	return s && shadow_entered(s) ? -EDEADLK : 0;
 }
 
+int engine_entered(struct kage_engine *e)
+{
+	return shadow_entered_any() ? host_each_mm(&e->host, entered, NULL) : 0;
+}
+
 int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, struct kage_progress *progress)
 {
 	struct kage_progress p = { .size = sizeof(p) };
@@ -294,7 +299,7 @@ int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, st
 	config_copy(&b, budget, sizeof(b));
 	if (b.flags & ~(uint32_t)KAGE_BUDGET_ADVISED)
 		return api_result(e, __func__, 0, 0, -EINVAL);
-	r = host_each_mm(&e->host, entered, NULL);
+	r = engine_entered(e);
 	if (r)
 		return r;
 	n = read(e->event, &seen, sizeof(seen));

@@ -269,6 +269,8 @@ int kage_vm_pin(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint32_t flags, 
 	if (!r && (flags || !n || (*n && !iov)))
 		r = -EINVAL;
 	if (!r)
+		r = engine_entered(vm->engine); /* a change that the pin would wait for may wait for that window's end */
+	if (!r)
 		r = mm_pin(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, iov, n);
 	return range_result(vm, __func__, gpa, len, r);
 }

@@ -77,6 +77,26 @@ static bool entered_here(const struct shadow_cpu *cpu)
 	return atomic_load_explicit(&cpu->enter_thread, memory_order_relaxed) == (uintptr_t)pthread_self();
 }
 
+/* vCPUs that this thread has entered and not left. Too high if it never leaves one: then each guest is asked. */
+static _Thread_local unsigned entered;
+
+void shadow_enter(struct shadow_cpu *cpu)
+{
+	entered += !entered_here(cpu);
+	atomic_store_explicit(&cpu->enter_thread, (uintptr_t)pthread_self(), memory_order_relaxed);
+}
+
+void shadow_leave(struct shadow_cpu *cpu)
+{
+	entered -= entered_here(cpu);
+	atomic_store_explicit(&cpu->enter_thread, 0, memory_order_relaxed);
+}
+
+bool shadow_entered_any(void)
+{
+	return entered > 0;
+}
+
 void batch_apply(struct shadow *s)
 {
 	bool in_use = false;
@@ -180,13 +200,13 @@ static int wait_window(struct shadow *s, struct shadow_cpu *cpu, bool blockable)
 bool shadow_entered(struct shadow *s)
 {
 	struct brlock_held held = brlock_read(&s->cpus_lock);
-	bool entered = false;
+	bool here = false;
 
 	list_for_each(n, &s->cpus) {
-		entered |= entered_here(container_of(n, struct shadow_cpu, node));
+		here |= entered_here(container_of(n, struct shadow_cpu, node));
 	}
 	brlock_read_drop(&s->cpus_lock, held);
-	return entered;
+	return here;
 }
 
 static void flushed_up_to(struct shadow *s, uint64_t seq)

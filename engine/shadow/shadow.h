@@ -95,9 +95,14 @@ void shadow_detach(struct shadow_cpu *cpu);
 /* The vCPU's registers changed. A kept root makes this a lookup. The TLB's contexts are the backend's
  * business. */
 void shadow_set_mode(struct shadow_cpu *cpu, const struct pt_guest *mode);
-/* Adds to the fields shadow_*, table_writes, tlb_*, shootdowns, window_waits. */
+/* The calling thread is between enter and leave of this vCPU, from here to shadow_leave(). */
+void shadow_enter(struct shadow_cpu *cpu);
+void shadow_leave(struct shadow_cpu *cpu);
 /* The calling thread is between enter and leave of one of the guest's vCPUs. */
 bool shadow_entered(struct shadow *s);
+/* False: it is so of no guest's, and nobody needs to ask each. */
+bool shadow_entered_any(void);
+/* Adds to the fields shadow_*, table_writes, tlb_*, shootdowns, window_waits. */
 void shadow_stats(struct shadow *s, struct kage_stats *out);
 /* Inline probes may hit: shootdowns reach other threads by membarrier(2). */
 bool shadow_fast_windows(const struct shadow *s);

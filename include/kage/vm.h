@@ -171,8 +171,9 @@ KAGE_API int kage_vm_read(struct kage_vm *vm, uint64_t gpa, void *buf, size_t le
  * tells shadow tables when a guest page table changed. Fails before the first
  * byte if some of the range is no writable memory (KAGE_MMIO). Other results:
  * as kage_vm_read(), and -ENOMEM, -ETIMEDOUT, KAGE_WAIT after which a part may
- * be written. Any thread, but not inside a window of use (-EDEADLK where that
- * is in the way).
+ * be written. Any thread, but not inside a window of use: where that is in the
+ * way, -EDEADLK, or a change in flight that waits for it has to give up first
+ * (window_timeout_ms).
  */
 KAGE_API int kage_vm_write(struct kage_vm *vm, uint64_t gpa, const void *buf, size_t len);
 
@@ -184,8 +185,9 @@ KAGE_API int kage_vm_write(struct kage_vm *vm, uint64_t gpa, const void *buf, si
  *
  * flags must be 0. Returns KAGE_OK, KAGE_MMIO (some of the range is no
  * writable memory), KAGE_WAIT, -EINVAL, -ENOSPC (`*n` too small), -EOVERFLOW,
- * -ENOMEM, -ETIMEDOUT, -EDEADLK. On any of these nothing is pinned. A VMM that writes through the
- * pointers says so with kage_vm_mark_dirty().
+ * -ENOMEM, -ETIMEDOUT, -EDEADLK (the calling thread is inside a window of use, of whichever guest of the engine).
+ * On any of these nothing is pinned. Any thread; waits for changes of these pages that are in flight. A VMM that
+ * writes through the pointers says so with kage_vm_mark_dirty().
  */
 KAGE_API int kage_vm_pin(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint32_t flags,
 			 struct iovec *iov, unsigned *n);

@@ -553,6 +553,52 @@ START_TEST(inside_a_window)
 }
 END_TEST
 
+static void *pin_elsewhere(void *arg)
+{
+	struct iovec iov;
+	unsigned n = 1;
+
+	ok(kage_vm_pin(vm, MIB, PAGE, 0, &iov, &n));
+	return NULL;
+}
+
+/* A change of one of its pages may wait for the window, and the pin for the change: it is not begun, whatever guest's they are. */
+START_TEST(pins_inside_a_window)
+{
+	struct kage_vcpu *v[2];
+	struct kage_vm *other;
+	struct iovec iov = {0};
+	pthread_t thread;
+	unsigned n = 1;
+
+	ok(kage_vm_create(engine, NULL, &other));
+	ok(kage_vcpu_create(other, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI), &v[0]));
+	ok(kage_vcpu_create(vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI), &v[1]));
+	for (unsigned i = 0; i < 2; i++) {
+		kage_vcpu_enter(v[0]);
+		is(kage_vm_pin(vm, MIB, PAGE, 0, &iov, &n), -EDEADLK);
+		kage_vcpu_enter(v[1]);
+		kage_vcpu_leave(v[0]);
+		is(kage_vm_pin(vm, MIB, PAGE, 0, &iov, &n), -EDEADLK);
+		is(kage_engine_step(engine, NULL, NULL), -EDEADLK);
+		ck_assert_uint_eq(n, 1);
+		ck_assert_ptr_null(iov.iov_base);
+		is(kage_vm_unpin(vm, MIB, PAGE), -ENOENT);
+		ok(pthread_create(&thread, NULL, pin_elsewhere, NULL)); /* another thread may */
+		ok(pthread_join(thread, NULL));
+		ok(kage_vm_unpin(vm, MIB, PAGE));
+		kage_vcpu_leave(v[1]);
+		ok(kage_engine_step(engine, NULL, NULL));
+		ok(kage_vm_pin(vm, MIB, PAGE, 0, &iov, &n));
+		ok(kage_vm_unpin(vm, MIB, PAGE));
+		iov.iov_base = NULL;
+	}
+	kage_vcpu_destroy(v[0]);
+	kage_vcpu_destroy(v[1]);
+	ok(kage_vm_destroy(other));
+}
+END_TEST
+
 static struct {
 	unsigned starts, ends, releases;
 } heard;
@@ -1104,6 +1150,7 @@ int main(void)
 	    parent_goes_first,
 	    busy,
 	    inside_a_window,
+	    pins_inside_a_window,
 	    listeners,
 	    pins,
 	    too_many_pins,
