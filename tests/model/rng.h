@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 
 struct rng {
 	uint64_t s;
@@ -49,6 +50,12 @@ static inline uint64_t env_number(const char *name, uint64_t otherwise)
 	const char *s = getenv(name);
 
 	return s != NULL && *s != '\0' ? strtoull(s, NULL, 0) : otherwise;
+}
+
+/* KAGE_SEED, or else the number of the day: runs of one day do the same. Who uses it prints it. */
+static inline uint64_t seed_of_today(void)
+{
+	return env_number("KAGE_SEED", (uint64_t)time(NULL) / 86400);
 }
 
 #endif
