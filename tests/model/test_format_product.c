@@ -8,10 +8,11 @@
  * vCPUs do with the answer what they should, caches included, is for
  * test_format_permissions.c (a sample of the same space) and test_random_tables.c.
  *
- * Without more, KAGE_CASES of each space are done: multiples of a stride that has
- * no divisor in common with the size, so that any number of them is spread over
- * all dimensions and none comes twice. KAGE_CASES=0: the whole product, in order.
- * KAGE_FORMAT: one space by name.
+ * Without more, KAGE_CASES of each space are done: every so many combinations, with a
+ * stride that has no divisor in common with the size, so that any number of them is spread over
+ * all dimensions and none comes twice. Each day goes on behind the last one's, and so comes to others: KAGE_SEED
+ * (the number of the day) times KAGE_CASES strides are left out. It is printed: with it, a failure comes again.
+ * KAGE_CASES=0: the whole product, in order. KAGE_FORMAT: one space by name.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,7 +28,7 @@
 struct product {
 	const struct space *space;
 	struct space_case c;
-	uint64_t number;
+	uint64_t number, seed, cases;
 	uint64_t after[SPACE_ENTRIES]; /* by the reference */
 	struct pt_guest mode[SPACE_MODES_MAX];
 	struct ref_cpu x86[SPACE_MODES_MAX];
@@ -45,7 +46,9 @@ struct verdict {
 __attribute__((noreturn)) static void differs(const struct product *p, const char *what, const struct verdict *got,
 					       const struct verdict *want)
 {
-	fprintf(stderr, "%s: combination %llu: %s\n", p->space->name, (unsigned long long)p->number, what);
+	fprintf(stderr, "%s: combination %llu: %s; again: KAGE_SEED=%llu KAGE_CASES=%llu KAGE_FORMAT=%s\n",
+		p->space->name, (unsigned long long)p->number, what, (unsigned long long)p->seed,
+		(unsigned long long)p->cases, p->space->name);
 	fprintf(stderr, "  mode %x, access %u at %llx\n", p->c.mode, p->c.access, (unsigned long long)p->c.va);
 	for (unsigned i = 0; i < p->c.n; i++)
 		fprintf(stderr, "  entry at %llx: %llx, by the reference then %llx\n",
@@ -216,26 +219,35 @@ static void make_modes(struct product *p)
 	fg_destroy(&g);
 }
 
+/* seed * done strides on from 0. */
+static uint64_t first_number(uint64_t seed, uint64_t done, uint64_t stride, uint64_t size)
+{
+	return (uint64_t)((unsigned __int128)seed * done % size * stride % size);
+}
+
 static void run_space(const struct fg_case *c)
 {
 	static struct product p;
 	uint64_t size, done, stride;
 
-	p = (struct product){ .space = &spaces[c->arg] };
+	p = (struct product){ .space = &spaces[c->arg], .seed = seed_of_today() };
 	size = space_size(p.space);
 	done = env_number("KAGE_CASES", env_number("KAGE_SHORT", 0) ? CASES / 10 : CASES);
 	stride = space_stride(p.space);
+	p.cases = done;
 	make_modes(&p);
 	if (done == 0 || done >= size)
 		done = size, stride = 1;
+	else
+		p.number = first_number(p.seed, done, stride, size);
 	for (uint64_t i = 0; i < done; i++) {
 		one_case(&p);
 		p.number += stride;
 		if (p.number >= size)
 			p.number -= size;
 	}
-	printf("%s: %llu of %llu combinations: %llu granted, %llu faults of %d kinds, %llu entries updated\n", c->name,
-	       (unsigned long long)done, (unsigned long long)size, (unsigned long long)p.granted,
+	printf("%s: %llu of %llu combinations, seed %llu: %llu granted, %llu faults of %d kinds, %llu entries updated\n",
+	       c->name, (unsigned long long)done, (unsigned long long)size, (unsigned long long)p.seed, (unsigned long long)p.granted,
 	       (unsigned long long)p.faults, __builtin_popcountll(p.kinds), (unsigned long long)p.updated);
 	if (!p.granted || !p.faults || !p.updated) {
 		fprintf(stderr, "%s: one-sided\n", c->name);
