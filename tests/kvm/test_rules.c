@@ -720,6 +720,95 @@ START_TEST(rule_5_registers_of_the_guest)
 }
 END_TEST
 
+#if defined(__x86_64__)
+#define PDPTES 4
+
+/* Of a table of four directories behind it, each of which maps 2 MiB from `to` on; `absent`: one that it has not. */
+static void put_pae_tables(struct kage_vm *vm, uint64_t at, uint64_t to, unsigned absent, uint64_t *pdpte)
+{
+	for (unsigned i = 0; i < PDPTES; i++) {
+		pdpte[i] = i == absent ? 0 : (at + (i + 1) * PAGE) | 1;
+		write64(vm, at + i * 8, pdpte[i]);
+		write64(vm, at + (i + 1) * PAGE, (to + i * 2 * MIB) | 0xe3);
+	}
+}
+
+/* What KVM has in the PDPTE registers is what Kage has, and both translate by it. */
+static void same_pdptes(struct vmm *a, struct kage_vcpu *vcpu, uint64_t to, unsigned absent, const uint64_t *pdpte)
+{
+	struct kage_x86_regs regs;
+	struct kage_fault fault;
+
+	ok(kage_kvm_load_regs(vcpu, a->vcpu[0]->fd));
+	ok(kage_vcpu_get_regs(vcpu, &regs, sizeof(regs)));
+	ck_assert_uint_ne(regs.flags & KAGE_X86_PDPTES, 0);
+	for (unsigned i = 0; i < PDPTES; i++) {
+		uint64_t gva = ((uint64_t)i << 30) + 5, gpa;
+
+		same(regs.pdpte[i], pdpte[i]);
+		is(translated(a, gva, &gpa), i != absent);
+		is(kage_vcpu_translate(vcpu, gva, 0, &fault), i == absent ? KAGE_GUEST_FAULT : KAGE_OK);
+		if (i != absent) {
+			same(gpa, to + i * 2 * MIB + 5);
+			same(fault.gpa, gpa);
+		}
+	}
+}
+
+/* A KVM that knows long mode alone may refuse, or take the registers and not turn on CR0.PG. */
+static bool pae_paging(int fd, struct kvm_sregs2 *sregs2)
+{
+	struct kvm_sregs got;
+
+	if (ioctl(fd, KVM_SET_SREGS2, sregs2) < 0)
+		return false;
+	ok(ioctl(fd, KVM_GET_SREGS, &got));
+	return got.cr0 >> 31 & 1;
+}
+
+/*
+ * PAE paging: the four PDPTEs are registers, loaded by MOV to CR3 (Intel SDM vol. 3A 4.4.1), and memory may hold others
+ * since. KVM tells them by KVM_GET_SREGS2 (Documentation/virt/kvm/api.rst).
+ */
+START_TEST(rule_5_pdptes_are_registers)
+{
+	uint64_t at = payload_free(&payload_small), in_memory[PDPTES], in_cpu[PDPTES];
+	struct kvm_sregs2 sregs2;
+	struct kvm_sregs sregs;
+	struct kage_vcpu *vcpu;
+	struct vmm *a;
+	int fd, kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), can = ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_SREGS2);
+
+	close(kvm);
+	need(can > 0, "this kernel does not tell PDPTEs (KVM_CAP_SREGS2, Linux 5.14)");
+	engine_up();
+	a = new_vmm((struct vmm_wish){.policy = policies[_i]});
+	fd = a->vcpu[0]->fd;
+	ok(kage_vcpu_create(vm_of(a), KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI, .arch = HOST_ARCH), &vcpu));
+	put_pae_tables(vm_of(a), at + 8 * PAGE, 4 * MIB, 2, in_cpu);
+	put_pae_tables(vm_of(a), at, 16 * MIB, 1, in_memory);
+	ok(ioctl(fd, KVM_GET_SREGS2, &sregs2));
+	sregs2.flags = KVM_SREGS2_FLAGS_PDPTRS_VALID;
+	memcpy(sregs2.pdptrs, in_cpu, sizeof(in_cpu));
+	sregs2.cr3 = at;
+	sregs2.efer &= ~(uint64_t)0x500; /* LME, LMA */
+	sregs2.cs.l = 0;
+	sregs2.cs.db = 1;
+	if (pae_paging(fd, &sregs2)) {
+		same_pdptes(a, vcpu, 4 * MIB, 2, in_cpu);
+		ok(ioctl(fd, KVM_GET_SREGS, &sregs));
+		ok(ioctl(fd, KVM_SET_SREGS, &sregs)); /* this one loads them from memory, as MOV to CR3 does */
+		same_pdptes(a, vcpu, 16 * MIB, 1, in_memory);
+	} else {
+		printf("skipped: rule_5_pdptes_are_registers: this host's KVM has no PAE paging (tests/virt: others)\n");
+	}
+	kage_vcpu_destroy(vcpu);
+	free_vmm(a);
+	engine_down();
+}
+END_TEST
+#endif
+
 /* Pages that are equal in windows, and unlike in the frames that the table names, merge by what is in the windows. */
 START_TEST(rule_5_merging_compares_windows)
 {
@@ -1264,6 +1353,9 @@ int main(void)
 	add_policies(suite, rule_5_a_soft_vcpu_sees_every_write);
 	add_policies(suite, rule_5_translation_sees_diverged_tables);
 	add_test(suite, rule_5_registers_of_the_guest, 1);
+#if defined(__x86_64__)
+	add_policies(suite, rule_5_pdptes_are_registers);
+#endif
 	add_test(suite, rule_5_merging_compares_windows, 1);
 	add_policies(suite, rule_6_no_write_is_lost);
 	add_policies(suite, rule_6_no_write_is_lost_when_mappings_are_scarce);
