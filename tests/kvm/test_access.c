@@ -324,7 +324,7 @@ START_TEST(direct_reads_into_pinned_memory)
 	merging(true);
 	b = new_bare(CHURN_LEN, policies[_i]);
 	churner_start(&c, &b);
-	for (uint64_t round = 0; round < times(60, 10); round++) {
+	for (uint64_t round = 0; round < times(60, 10) || (!merged && round < 200); round++) {
 		offset = round * IO_PAGES * PAGE % FILE_LEN;
 		merged += io_share(&b, &clone, round + 1);
 		n = IO_PAGES;

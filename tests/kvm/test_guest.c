@@ -409,7 +409,7 @@ START_TEST(a_budget_of_a_thousand_mappings)
 	merging(true);
 	vmm = stamping((struct vmm_wish){.policy = policies[_i], .map_budget = 1000, .vcpus = 2}, 1536);
 	other = clone_vmm(vmm, false);
-	for (i = 0; i < times(12, 4); i++) {
+	for (i = 0; i < times(12, 3); i++) {
 		stamps_go_on(vmm, 200);
 		stamps_go_on(other, 200);
 		ck_assert_int_ge(kage_kvm_reconcile(kvm_of(vmm), i % 2 ? KAGE_KVM_ADOPT : 0), 0);

@@ -963,7 +963,7 @@ static void storm(struct vmm_wish wish)
 	void *(*const work[])(void *) = {storm_step, storm_clone, storm_adopt};
 	static struct storm s;
 	pthread_t thread[COUNT(work)];
-	unsigned round, i, moves = times(STORM_MOVES, STORM_MOVES / 10);
+	unsigned round, i, moves = times(STORM_MOVES, STORM_MOVES / 30);
 
 	s = (struct storm){.model = calloc(1, 32 * MIB), .park = wish.policy == KAGE_KVM_EXACT};
 	engine_up();

@@ -126,22 +126,21 @@ static int work(void)
 {
 	const char *reason = domain_missing(&arch->machine);
 	int status;
-	bool good;
 
 	if (reason) {
 		printf("SKIP: %s\n", reason);
 		return SKIPPED;
 	}
-	status = fetch(&paths, arch->machine.debian, RELEASE);
-	if (status)
-		return status;
-	if (!initramfs_plain(&paths, "tests/virt/beside_init.sh", "initramfs"))
-		return FAILED;
 	/* The root's lock first: whoever has it may remove the folder. */
-	good = domain_open(&paths) && make_ram_folder() && run();
+	status = domain_open(&paths);
+	if (status == PASSED)
+		status = fetch(&paths, arch->machine.debian, RELEASE);
+	if (status == PASSED)
+		status = initramfs_plain(&paths, "tests/virt/beside_init.sh", "initramfs") && make_ram_folder() && run() ?
+				 PASSED : FAILED;
 	domain_close();
 	remove_tree(paths.ram);
-	return good ? PASSED : FAILED;
+	return status;
 }
 
 /* -- the command line ------------------------------------------------------------------------------------------- */

@@ -143,29 +143,44 @@ static bool complain(const char *what)
 	return false;
 }
 
-bool domain_open(const struct paths *paths)
+/* The library is there, and its QEMU driver is a package of its own. */
+static int no_connection(const char *uri)
+{
+	const virError *e = virGetLastError();
+
+	if (e && (e->code == VIR_ERR_NO_CONNECT || e->code == VIR_ERR_CONFIG_UNSUPPORTED)) {
+		printf("SKIP: libvirt has no QEMU driver (%s); as root: apt-get install libvirt-daemon-driver-qemu\n",
+		       virGetLastErrorMessage());
+		return SKIPPED;
+	}
+	complain(uri);
+	return FAILED;
+}
+
+/* PASSED, FAILED, or SKIPPED, which says why. */
+int domain_open(const struct paths *paths)
 {
 	pthread_t thread;
 	char uri[PATH_MAX];
 
 	if (!take_root(paths) || !write_config(paths->root, paths->ram))
-		return false;
+		return FAILED;
 	virSetErrorFunc(NULL, on_error);
 	setenv("LIBVIRT_DEBUG", "4", 0); /* errors only */
 	if (virInitialize() || virEventRegisterDefaultImpl() || pthread_create(&thread, NULL, event_loop, NULL))
-		return complain("libvirt");
+		return complain("libvirt"), FAILED;
 	pthread_detach(thread);
 	fill(uri, sizeof(uri), "qemu:///embed?root=%s", paths->root);
 	conn = virConnectOpen(uri);
 	if (!conn)
-		return complain(uri);
+		return no_connection(uri);
 	destroy_leftovers();
 	kill_strays(paths->root);
 	sweep();
 	if (virConnectDomainEventRegisterAny(conn, NULL, VIR_DOMAIN_EVENT_ID_LIFECYCLE,
 					     VIR_DOMAIN_EVENT_CALLBACK(on_event), NULL, NULL) < 0)
-		return complain("events");
-	return true;
+		return complain("events"), FAILED;
+	return PASSED;
 }
 
 virConnectPtr domain_connection(void)
@@ -278,7 +293,7 @@ static enum ended wait_for_end(virDomainPtr domain, const struct watch *watch)
 		allowed = watch->look(watch->opaque);
 		if (allowed)
 			until = now() + allowed;
-		if (now() > until) {
+		if (now() > until || allowed == WATCH_ENOUGH) {
 			virDomainDestroy(domain);
 			gone_within(20000);
 			watch->look(watch->opaque);

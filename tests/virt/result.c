@@ -21,6 +21,7 @@
 #include "virt.h"
 
 #define BOOT_SECONDS 180 /* until a machine says something */
+#define LOCKUP_SECONDS 70 /* a kernel that is locked up for so long stays so */
 #define GRACE	     60	 /* for init.sh's own limit to be late */
 #define LINE	     2048
 #define TAIL	     60 /* lines that are shown of a console where something failed */
@@ -32,6 +33,7 @@ static struct {
 	size_t len;
 	struct test *current;
 	bool news; /* init.sh has said something */
+	bool enough;
 } console = { .fd = -1 };
 
 /* -- lines --------------------------------------------------------------------------------------------- */
@@ -118,16 +120,28 @@ static void init_line(struct leg *leg, const char *line)
 	}
 }
 
+/* The kernel says it again every 20 seconds or so; a slow machine says it once. */
+static void lock_up(struct leg *leg, const char *line)
+{
+	unsigned cpu, seconds;
+
+	leg->locked = true;
+	if (sscanf(line, "BUG: soft lockup - CPU#%u stuck for %us", &cpu, &seconds) == 2 && seconds >= LOCKUP_SECONDS)
+		console.enough = true;
+}
+
 static void use_line(struct leg *leg, const char *line)
 {
+	const char *lockup;
+
 	if (console.verbose)
 		printf("  | %s\n", line);
 	if (!strncmp(line, "VIRT-", 5))
 		init_line(leg, line);
 	else if (strstr(line, "Kernel panic") && !strstr(line, "| "))
 		leg->panic = true;
-	else if (strstr(line, "BUG: soft lockup") && !strstr(line, "| "))
-		leg->locked = true;
+	else if ((lockup = strstr(line, "BUG: soft lockup")) && !strstr(line, "| "))
+		lock_up(leg, lockup);
 	else if (console.current)
 		test_line(leg, console.current, line);
 }
@@ -166,6 +180,7 @@ bool result_begin(struct leg *leg, const struct paths *paths)
 	leg->bad = 0;
 	leg->done = leg->panic = leg->locked = false;
 	console.news = true;
+	console.enough = false;
 	leg->kernel[0] = 0;
 	fill(path, sizeof(path), "%s/console", paths->out);
 	console.fd = open(path, O_CREAT | O_TRUNC | O_RDONLY | O_CLOEXEC, 0644);
@@ -190,6 +205,8 @@ unsigned result_look(void *opaque)
 
 	while ((n = read(console.fd, buf, sizeof(buf))) > 0)
 		take(leg, buf, (size_t)n);
+	if (console.enough)
+		return WATCH_ENOUGH;
 	if (!console.news)
 		return 0;
 	console.news = false;

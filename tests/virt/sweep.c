@@ -69,12 +69,14 @@ void ram_folder(const char *root, char *path, size_t size)
 /* Open as long as the lock is held; -1: somebody else has it. */
 static int lock_root(const char *root)
 {
+	struct stat held, there;
 	char path[PATH_MAX];
 	int fd;
 
 	fill(path, sizeof(path), "%s/lock", root);
 	fd = open(path, O_CREAT | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
-	if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB)) {
+	if (fd >= 0 && (flock(fd, LOCK_EX | LOCK_NB) || fstat(fd, &held) || lstat(path, &there) ||
+			held.st_ino != there.st_ino)) { /* who held it has removed the folder */
 		close(fd);
 		fd = -1;
 	}
@@ -99,11 +101,11 @@ bool take_root(const struct paths *paths)
 {
 	int fd = -1;
 
-	if (!make_folder(paths->root))
-		return false;
 	for (unsigned tries = 0; tries < 100 && fd < 0; tries++) {
 		if (tries) /* S1 */
 			nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
+		if (!make_folder(paths->root))
+			return false;
 		fd = lock_root(paths->root);
 	}
 	if (fd >= 0)

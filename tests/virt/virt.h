@@ -22,6 +22,7 @@
 #ifndef KAGE_TESTS_VIRT_H
 #define KAGE_TESTS_VIRT_H
 
+#include <limits.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -96,8 +97,9 @@ enum ended {
 };
 
 /* What the watcher asks while the machine runs: is there news, and how long may it be silent from here on? */
+#define WATCH_ENOUGH UINT_MAX
 struct watch {
-	unsigned (*look)(void *opaque); /* seconds; 0: nothing new */
+	unsigned (*look)(void *opaque); /* seconds; 0: nothing new; WATCH_ENOUGH: it is to be destroyed */
 	void *opaque;
 };
 
@@ -134,7 +136,7 @@ void sweep(void);
 
 /* domain.c */
 const char *domain_missing(const struct machine *machine);
-bool domain_open(const struct paths *paths);
+int domain_open(const struct paths *paths);
 struct _virConnect *domain_connection(void);
 void domain_close(void);
 enum ended domain_run(const struct leg *leg, const struct paths *paths, const struct watch *watch);
