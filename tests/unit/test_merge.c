@@ -136,17 +136,17 @@ static void two_equal(uint64_t pages, uint32_t flags)
 
 /* -- what a run is ------------------------------------------------------------------------------ */
 
-static unsigned starts;
-static uint64_t told;
-static void (*meanwhile)(const struct kage_range *range); /* in the first start that there is */
+/* Threads of a test that wait for a change make changes of their own, and are heard too. */
+static _Atomic unsigned starts;
+static _Atomic uint64_t told;
+static void (*_Atomic meanwhile)(const struct kage_range *range); /* in the first start that there is */
 
 static int tell(struct kage_notifier *n, const struct kage_range *range)
 {
-	void (*now)(const struct kage_range *) = meanwhile;
+	void (*now)(const struct kage_range *) = atomic_exchange(&meanwhile, NULL);
 
 	starts++;
 	told += (range->end - range->start) / PAGE;
-	meanwhile = NULL;
 	if (now)
 		now(range);
 	return 0;
