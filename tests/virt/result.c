@@ -140,7 +140,7 @@ static void use_line(struct leg *leg, const char *line)
 		init_line(leg, line);
 	else if (strstr(line, "Kernel panic") && !strstr(line, "| "))
 		leg->panic = true;
-	else if ((lockup = strstr(line, "BUG: soft lockup")) && !strstr(line, "| "))
+	else if ((lockup = strstr(line, "BUG: soft lockup"))) /* of a nested guest's kernel too */
 		lock_up(leg, lockup);
 	else if (console.current)
 		test_line(leg, console.current, line);
