@@ -34,7 +34,10 @@ void config_copy(void *to, const void *config, size_t known);
  */
 int api_result(struct kage_engine *e, const char *call, uint64_t gpa, uint64_t len, int r);
 
-/* -EDEADLK: the calling thread is inside a window of use, of whichever guest. 0. No lock is held. */
+/*
+ * -EDEADLK: the calling thread is inside a window of use, of whichever guest: a change that the caller would wait for may
+ * wait for the end of that window. 0. No lock is held.
+ */
 int engine_entered(struct kage_engine *e);
 /* Something may wait for a step: makes kage_engine_fd() readable. */
 void engine_due(struct kage_engine *e);

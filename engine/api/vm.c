@@ -255,6 +255,8 @@ int kage_vm_write(struct kage_vm *vm, uint64_t gpa, const void *buf, size_t len)
 
 	if (!r && beyond_memory(gpa, len))
 		return KAGE_MMIO;
+	if (!r)
+		r = engine_entered(vm->engine);
 	if (!r && len)
 		vm_written(vm, GPA(gpa), len); /* who translated code from these pages hears of it before they change */
 	if (!r)
@@ -269,7 +271,7 @@ int kage_vm_pin(struct kage_vm *vm, uint64_t gpa, uint64_t len, uint32_t flags, 
 	if (!r && (flags || !n || (*n && !iov)))
 		r = -EINVAL;
 	if (!r)
-		r = engine_entered(vm->engine); /* a change that the pin would wait for may wait for that window's end */
+		r = engine_entered(vm->engine);
 	if (!r)
 		r = mm_pin(&vm->mm, GFN(gpa >> PAGE_SHIFT), len >> PAGE_SHIFT, iov, n);
 	return range_result(vm, __func__, gpa, len, r);

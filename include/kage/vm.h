@@ -171,9 +171,8 @@ KAGE_API int kage_vm_read(struct kage_vm *vm, uint64_t gpa, void *buf, size_t le
  * tells shadow tables when a guest page table changed. Fails before the first
  * byte if some of the range is no writable memory (KAGE_MMIO). Other results:
  * as kage_vm_read(), and -ENOMEM, -ETIMEDOUT, KAGE_WAIT after which a part may
- * be written. Any thread, but not inside a window of use: where that is in the
- * way, -EDEADLK, or a change in flight that waits for it has to give up first
- * (window_timeout_ms).
+ * be written; -EDEADLK (the calling thread is inside a window of use, of whichever guest of the engine; nothing is
+ * written). Any thread.
  */
 KAGE_API int kage_vm_write(struct kage_vm *vm, uint64_t gpa, const void *buf, size_t len);
 

@@ -537,6 +537,7 @@ START_TEST(inside_a_window)
 {
 	struct kage_vm *clone = UNTOUCHED;
 	struct kage_vcpu *v;
+	char bytes[8];
 
 	ok(kage_vcpu_create(vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI), &v));
 	ok(kage_vcpu_store(v, MIB, "12345678", 8, NULL));
@@ -545,9 +546,12 @@ START_TEST(inside_a_window)
 	is(kage_vm_protect(vm, MIB, PAGE, KAGE_READ), -EDEADLK);
 	is(kage_vm_advise(vm, MIB, PAGE, KAGE_ADVICE_DISCARD), -EDEADLK);
 	is(kage_vm_clone(vm, NULL, &clone), -EDEADLK);
+	is(kage_vm_write(vm, MIB, "written!", 8), -EDEADLK);
 	is(kage_engine_step(engine, NULL, NULL), -EDEADLK);
 	kage_vcpu_leave(v);
 	ck_assert_ptr_eq(clone, UNTOUCHED);
+	ok(kage_vm_read(vm, MIB, bytes, 8));
+	ck_assert_mem_eq(bytes, "12345678", 8);
 	ok(kage_vm_unmap(vm, MIB, PAGE));
 	kage_vcpu_destroy(v);
 }
