@@ -32,6 +32,7 @@
 
 struct bench {
 	bool quick;
+	bool smoke;	/* and quick: every row and check once, as small as it can be; figures mean nothing */
 	unsigned reps;	/* repetitions of a row; odd */
 	uint64_t shift; /* work of a repetition is divided by 2^shift */
 };
@@ -138,7 +139,7 @@ struct suite {
 };
 
 /*
- * main() of a benchmark program: [--quick] [--json FILE] [suite...]. Runs the suites that are named, or all.
+ * main() of a benchmark program: [--quick | --smoke] [--json FILE] [suite...]. Runs the suites that are named, or all.
  * Returns its exit status: 0; 1 if a row was void; 2 if the options are wrong or the file could not be
  * written.
  */

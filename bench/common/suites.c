@@ -9,7 +9,7 @@
 static int usage(const struct suite *suites, unsigned n)
 {
 	fprintf(stderr,
-		"usage: %s [--quick] [--json FILE] [suite...]\nsuites:", program_invocation_short_name);
+		"usage: %s [--quick | --smoke] [--json FILE] [suite...]\nsuites:", program_invocation_short_name);
 	for (unsigned i = 0; i < n; i++)
 		fprintf(stderr, " %s", suites[i].name);
 	fputc('\n', stderr);
@@ -38,14 +38,16 @@ int suites_run(int argc, char **argv, const struct suite *suites, unsigned n)
 			wanted |= 1u << s;
 		else if (!strcmp(argv[i], "--quick"))
 			b.quick = true;
+		else if (!strcmp(argv[i], "--smoke"))
+			b.quick = b.smoke = true;
 		else if (!strcmp(argv[i], "--json") && i + 1 < argc)
 			json = argv[++i];
 		else
 			return usage(suites, n);
 	}
 	if (b.quick) {
-		b.reps = 5;
-		b.shift = 2;
+		b.reps = b.smoke ? 1 : 5;
+		b.shift = b.smoke ? 7 : 2;
 	}
 	if (!report_open(json)) {
 		perror(json);
