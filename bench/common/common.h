@@ -31,11 +31,17 @@
 #define LENGTH(a)   (sizeof(a) / sizeof((a)[0]))
 
 struct bench {
-	bool quick;
-	bool smoke;	/* and quick: every row and check once, as small as it can be; figures mean nothing */
+	bool quick;	/* less of everything */
+	bool smoke;	/* quick, and as little as shows that checks pass; times mean nothing */
 	unsigned reps;	/* repetitions of a row; odd */
 	uint64_t shift; /* work of a repetition is divided by 2^shift */
 };
+
+/* Bytes of a guest or of a working set, in this form of the benchmark. */
+static inline uint64_t bench_size(const struct bench *b, uint64_t bytes)
+{
+	return b->smoke ? bytes >> b->shift : bytes;
+}
 
 /* -- measure.c ------------------------------------------------------------------ */
 
@@ -79,6 +85,7 @@ enum goal {
 	GOAL_EXTRA, /* value - peer <= limit */
 	GOAL_TIMES, /* value / peer <= limit */
 	GOAL_RATIO, /* peer / value >= limit */
+	GOAL_SHARE, /* value / peer >= limit */
 };
 
 struct row {
@@ -93,7 +100,9 @@ struct row {
 	char note[320];
 };
 
-bool report_open(const char *json); /* NULL: no file */
+/* `json`: where rows are written as an array, or NULL. `append`: they are added to what other programs have
+ * written, an object a line; the heading of the table is printed if they are the first. */
+bool report_open(const char *json, bool append);
 void report_row(const struct row *row);
 /* A row that cannot be measured here; its note says why. */
 void report_skip(const struct row *row);
@@ -139,9 +148,9 @@ struct suite {
 };
 
 /*
- * main() of a benchmark program: [--quick | --smoke] [--json FILE] [suite...]. Runs the suites that are named, or all.
- * Returns its exit status: 0; 1 if a row was void; 2 if the options are wrong or the file could not be
- * written.
+ * main() of a benchmark program: [--quick | --smoke] [--json FILE | --rows FILE] [suite...]. Runs the suites that are
+ * named, or all. --json writes an array, --rows appends (report_open()). Returns its exit status: 0; 1 if a row was
+ * void; 2 if the options are wrong or the file could not be written.
  */
 int suites_run(int argc, char **argv, const struct suite *suites, unsigned n);
 

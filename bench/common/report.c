@@ -7,18 +7,24 @@
 #include "common.h"
 
 static FILE *json;
+static bool array; /* or an object a line */
 static bool first_object;
 static int voids;
 static const char *last_suite;
 
-bool report_open(const char *path)
+bool report_open(const char *path, bool append)
 {
 	if (path) {
-		json = fopen(path, "w");
+		json = fopen(path, append ? "ae" : "we");
 		if (!json)
 			return false;
-		fputs("[", json);
-		first_object = true;
+		fseek(json, 0, SEEK_END);
+		first_object = ftell(json) == 0;
+		array = !append;
+		if (array)
+			fputs("[", json);
+		else if (!first_object)
+			return true;
 	}
 	printf("%-40s %11s %9s %-6s %11s %7s  %-24s %s\n", "case", "value", "+/-", "unit", "peer", "ratio",
 	       "goal", "note");
@@ -69,6 +75,10 @@ static void goal_text(const struct row *r, char *buf, size_t bytes)
 		met = r->peer_value >= r->limit * r->value;
 		snprintf(buf, bytes, ">= %gx", r->limit);
 		break;
+	case GOAL_SHARE:
+		met = r->value >= r->limit * r->peer_value;
+		snprintf(buf, bytes, "%.2fx, >= %gx", r->peer_value > 0 ? r->value / r->peer_value : 0, r->limit);
+		break;
 	}
 	strncat(buf, met ? " met" : " MISSED", bytes - strlen(buf) - 1);
 }
@@ -106,8 +116,10 @@ static void json_row(const struct row *r, double ratio, const char *goal, const 
 
 	snprintf(note, sizeof(note), "%s%s%s%s%s", missing ? missing : "", *goal ? "goal " : "", goal,
 		 *goal && *r->note ? "; " : "", r->note);
-	fputs(first_object ? "\n{" : ",\n{", json);
+	if (array)
+		fputs(first_object ? "\n" : ",\n", json);
 	first_object = false;
+	fputc('{', json);
 	json_string("suite", r->suite);
 	fputc(',', json);
 	json_string("case", r->name);
@@ -125,13 +137,14 @@ static void json_row(const struct row *r, double ratio, const char *goal, const 
 	json_number("ratio", ratio, peer && ratio > 0);
 	fputc(',', json);
 	json_string("note", note);
-	fputc('}', json);
+	fputs(array ? "}" : "}\n", json);
+	fflush(json);
 }
 
 static void begin_row(const struct row *r, char name[64])
 {
 	snprintf(name, 64, "%s/%s", r->suite, r->name);
-	if (last_suite && strcmp(last_suite, r->suite))
+	if (last_suite ? strcmp(last_suite, r->suite) : json && !array && !first_object)
 		putchar('\n');
 	last_suite = r->suite;
 }
@@ -178,7 +191,7 @@ int report_close(void)
 	bool bad = false;
 
 	if (json) {
-		fputs("\n]\n", json);
+		fputs(array ? "\n]\n" : "", json);
 		bad = ferror(json) != 0;
 		bad |= fclose(json) != 0;
 		json = NULL;

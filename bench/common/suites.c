@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The command line of a benchmark program. */
+/* The command line of a benchmark program, and what its options do to the rows. */
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -9,7 +9,8 @@
 static int usage(const struct suite *suites, unsigned n)
 {
 	fprintf(stderr,
-		"usage: %s [--quick | --smoke] [--json FILE] [suite...]\nsuites:", program_invocation_short_name);
+		"usage: %s [--quick | --smoke] [--json FILE | --rows FILE] [suite...]\nsuites:",
+		program_invocation_short_name);
 	for (unsigned i = 0; i < n; i++)
 		fprintf(stderr, " %s", suites[i].name);
 	fputc('\n', stderr);
@@ -24,10 +25,20 @@ static int find_suite(const struct suite *suites, unsigned n, const char *name)
 	return -1;
 }
 
+static struct bench form_of(bool quick, bool smoke)
+{
+	if (smoke)
+		return (struct bench){.smoke = true, .quick = true, .reps = 1, .shift = 7};
+	if (quick)
+		return (struct bench){.quick = true, .reps = 5, .shift = 2};
+	return (struct bench){.reps = 11};
+}
+
 int suites_run(int argc, char **argv, const struct suite *suites, unsigned n)
 {
-	struct bench b = {.reps = 11};
+	bool quick = false, smoke = false, append = false;
 	const char *json = NULL;
+	struct bench b;
 	unsigned wanted = 0;
 	int bad;
 
@@ -37,19 +48,16 @@ int suites_run(int argc, char **argv, const struct suite *suites, unsigned n)
 		if (s >= 0)
 			wanted |= 1u << s;
 		else if (!strcmp(argv[i], "--quick"))
-			b.quick = true;
+			quick = true;
 		else if (!strcmp(argv[i], "--smoke"))
-			b.quick = b.smoke = true;
-		else if (!strcmp(argv[i], "--json") && i + 1 < argc)
-			json = argv[++i];
+			smoke = true;
+		else if ((!strcmp(argv[i], "--json") || !strcmp(argv[i], "--rows")) && i + 1 < argc && !json)
+			append = argv[i][2] == 'r', json = argv[++i];
 		else
 			return usage(suites, n);
 	}
-	if (b.quick) {
-		b.reps = b.smoke ? 1 : 5;
-		b.shift = b.smoke ? 7 : 2;
-	}
-	if (!report_open(json)) {
+	b = form_of(quick, smoke);
+	if (!report_open(json, append)) {
 		perror(json);
 		return 2;
 	}

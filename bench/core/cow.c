@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * COW break: one vCPU of a clone stores 8 bytes into each page of 1 GiB, all of
- * it shared with the parent. Peers do the same through host memory: a private
+ * COW break: one vCPU of a clone stores 8 bytes into each page of 1 GiB (a quarter
+ * of it with --quick), all of it shared with the parent. Peers do the same through host memory: a private
  * mapping of a memfd (fresh for each repetition), and anonymous memory after
  * fork(), both of 4 KiB pages.
  *
@@ -15,13 +15,12 @@
 
 #include "core.h"
 
-#define SET    GIB
-#define PAGES  (SET / PAGE)
 #define KEEP   (192 * MIB) /* reserve; steps keep eight times as much */
 #define CHECKS 4096
 
 struct cow {
 	struct guest g;
+	uint64_t bytes, pages; /* a power of two */
 	uint32_t flags;
 	uint64_t reserve;
 	bool random, fresh;
@@ -32,14 +31,14 @@ struct cow {
 static inline uint64_t place(const struct cow *c, uint64_t i)
 {
 	/* A permutation: odd factor, modulo a power of two. */
-	return (c->random ? i * 0x9e3779b1u % PAGES : i) * PAGE;
+	return (c->random ? i * 0x9e3779b1u % c->pages : i) * PAGE;
 }
 
 static struct guest populated(const struct cow *c)
 {
-	struct guest g = guest_create(SET, c->flags, c->reserve);
+	struct guest g = guest_create(c->bytes, c->flags, c->reserve);
 
-	for (uint64_t at = 0; at < SET; at += PAGE) {
+	for (uint64_t at = 0; at < c->bytes; at += PAGE) {
 		uint64_t v = at + 1;
 
 		must(kage_vm_write(g.vm, at, &v, 8), "write");
@@ -47,12 +46,12 @@ static struct guest populated(const struct cow *c)
 	return g;
 }
 
-static bool holds(struct kage_vm *vm, uint64_t key)
+static bool holds(const struct cow *c, struct kage_vm *vm, uint64_t key)
 {
 	uint64_t wrong = 0;
 
 	for (uint64_t i = 0; i < CHECKS; i++) {
-		uint64_t at = mix(i) % PAGES * PAGE, seen = 0;
+		uint64_t at = mix(i) % c->pages * PAGE, seen = 0;
 
 		must(kage_vm_read(vm, at, &seen, 8), "read");
 		wrong += seen != at + key;
@@ -70,26 +69,26 @@ static double sample_kage(void *arg)
 	double ns = cpu_ns();
 	bool ok;
 
-	for (uint64_t i = 0; i < PAGES; i++) {
+	for (uint64_t i = 0; i < c->pages; i++) {
 		uint64_t at = place(c, i), value = at + key;
 
 		must(kage_vcpu_store(v, at, &value, 8, NULL), "store");
 	}
 	ns = cpu_ns() - ns;
-	ok = guest_stats(&g, NULL).cow_breaks - breaks == PAGES && holds(clone, key) && holds(g.vm, 1);
+	ok = guest_stats(&g, NULL).cow_breaks - breaks == c->pages && holds(c, clone, key) && holds(c, g.vm, 1);
 	kage_vcpu_destroy(v);
 	must(kage_vm_destroy(clone), "destroy clone");
 	guest_settle(&g);
 	if (c->fresh)
 		guest_destroy(&g);
-	return ok ? ns / PAGES : -1;
+	return ok ? ns / (double)c->pages : -1;
 }
 
 static double store_all(const struct cow *c, char *p, uint64_t key)
 {
 	double ns = cpu_ns();
 
-	for (uint64_t i = 0; i < PAGES; i++) {
+	for (uint64_t i = 0; i < c->pages; i++) {
 		uint64_t at = place(c, i);
 
 		*(volatile uint64_t *)(p + at) = at + key;
@@ -97,12 +96,12 @@ static double store_all(const struct cow *c, char *p, uint64_t key)
 	return cpu_ns() - ns;
 }
 
-static bool host_holds(const char *p, uint64_t key)
+static bool host_holds(const struct cow *c, const char *p, uint64_t key)
 {
 	uint64_t wrong = 0;
 
 	for (uint64_t i = 0; i < CHECKS; i++) {
-		uint64_t at = mix(i) % PAGES * PAGE;
+		uint64_t at = mix(i) % c->pages * PAGE;
 
 		wrong += *(const volatile uint64_t *)(p + at) != at + key;
 	}
@@ -112,16 +111,16 @@ static bool host_holds(const char *p, uint64_t key)
 static double sample_private(void *arg)
 {
 	struct cow *c = arg;
-	char *p = must_map(mmap(NULL, SET, PROT_READ | PROT_WRITE, MAP_PRIVATE, c->memfd.fd, 0), "mmap");
+	char *p = must_map(mmap(NULL, c->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, c->memfd.fd, 0), "mmap");
 	uint64_t key = ++c->round + 1;
 	double ns;
 	bool ok;
 
-	must(madvise(p, SET, MADV_NOHUGEPAGE), "MADV_NOHUGEPAGE");
+	must(madvise(p, c->bytes, MADV_NOHUGEPAGE), "MADV_NOHUGEPAGE");
 	ns = store_all(c, p, key);
-	ok = host_holds(p, key) && host_holds(c->memfd.p, 1);
-	munmap(p, SET);
-	return ok ? ns / PAGES : -1;
+	ok = host_holds(c, p, key) && host_holds(c, c->memfd.p, 1);
+	munmap(p, c->bytes);
+	return ok ? ns / (double)c->pages : -1;
 }
 
 static double sample_fork(void *arg)
@@ -133,9 +132,9 @@ static double sample_fork(void *arg)
 	bool ok;
 
 	ns = store_all(c, c->anon.p, key);
-	ok = host_holds(c->anon.p, key);
+	ok = host_holds(c, c->anon.p, key);
 	host_reap(child);
-	return ok ? ns / PAGES : -1;
+	return ok ? ns / (double)c->pages : -1;
 }
 
 static void cow_row(const struct bench *b, struct cow *c, const char *name, bool fork, const char *note)
@@ -150,9 +149,9 @@ static void cow_row(const struct bench *b, struct cow *c, const char *name, bool
 	row.limit = 2.5;
 	row_note(&row, "%s", note);
 	if (fork)
-		c->anon = host_anon(SET);
+		c->anon = host_anon(c->bytes);
 	else
-		c->memfd = host_memfd(SET);
+		c->memfd = host_memfd(c->bytes);
 	if (!c->fresh)
 		c->g = populated(c);
 	t = take_turns(b, sample_kage, c, fork ? sample_fork : sample_private, c);
@@ -164,17 +163,17 @@ static void cow_row(const struct bench *b, struct cow *c, const char *name, bool
 
 void bench_cow(const struct bench *b)
 {
-	struct bench few = {.quick = b->quick, .reps = b->quick ? 3 : b->reps, .shift = b->shift};
-	struct cow c = {.reserve = KEEP};
+	uint64_t bytes = b->smoke ? 8 * MIB : b->quick ? 256 * MIB : GIB;
+	struct cow c = {.bytes = bytes, .pages = bytes / PAGE, .reserve = KEEP};
 
-	cow_row(&few, &c, "cow-break", false,
-		"1 GiB in order, mapped by blocks, recycled pool, one vCPU running");
-	cow_row(&few, &c, "cow-break-fork", true, "the same against fork()");
+	cow_row(b, &c, "cow-break", false,
+		"in order, mapped by blocks, recycled pool, one vCPU running");
+	cow_row(b, &c, "cow-break-fork", true, "the same against fork()");
 	c.random = true;
-	cow_row(&few, &c, "cow-break-random", false, "pages in random order");
+	cow_row(b, &c, "cow-break-random", false, "pages in random order");
 	c.random = false;
 	c.flags = KAGE_REGION_NOHUGE;
-	cow_row(&few, &c, "cow-break-4k", false, "in order, mapped in 4 KiB pieces");
-	c = (struct cow){.fresh = true};
-	cow_row(&few, &c, "cow-break-empty", false, "new engine: refill of the empty pool included");
+	cow_row(b, &c, "cow-break-4k", false, "in order, mapped in 4 KiB pieces");
+	c = (struct cow){.bytes = bytes, .pages = bytes / PAGE, .fresh = true};
+	cow_row(b, &c, "cow-break-empty", false, "new engine: refill of the empty pool included");
 }

@@ -1,0 +1,154 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# All benchmarks, against their peers, in one table:
+#
+#   sh bench/run.sh [--quick] [--json FILE] [--plots DIR] [SUITE...]
+#
+# SUITE is translate, fault, clone, notify, dirty, merge, kvm, memory or scale; without one: all.
+# Builds (release), installs what is missing (as root, with apt-get; else says what to install), runs
+# the programs one after the other. --quick: fewer repetitions, smaller guests. --json: every row as
+# {suite, case, value, unit, spread, peer, peer_value, ratio, note}, an array. --plots: pictures, by
+# gnuplot. What a row means: bench/README.md. Exit: 0; 1 if a row was void, or the rows are not those
+# of bench/cases.txt; 2 if it could not run. Environment:
+#   KAGE_BUILD      build folder, default build-release
+#   KAGE_DEMO_MIB   MiB of a guest that is booted for suite merge, default 160
+set -u
+
+all="translate fault clone notify dirty merge kvm memory scale"
+quick=
+json=
+plots=
+suites=
+usage() { sed -n '3,/^set/s/^# \{0,1\}//p' "$0"; exit 2; }
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
+while [ $# -gt 0 ]; do
+	case $1 in
+	--quick) quick=--quick ;;
+	--json) [ $# -gt 1 ] || usage; json=$(absolute "$2"); shift ;;
+	--plots) [ $# -gt 1 ] || usage; plots=$(absolute "$2"); shift ;;
+	*) case " $all " in *" $1 "*) suites="$suites $1" ;; *) usage ;; esac ;;
+	esac
+	shift
+done
+[ -n "$suites" ] || suites=$all
+cd "$(dirname "$0")/.." || exit 2
+build=${KAGE_BUILD:-build-release}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+wants() { case " $suites " in *" $1 "*) return 0 ;; esac; return 1; }
+
+# -- what must be there: libraries and tools; peers, whose rows are skipped without them ---------
+
+missing=
+need() { have "$1" || missing="$missing $2"; }
+need_lib() { pkg-config --exists "$1" 2>/dev/null || missing="$missing $2"; }
+find_missing() {
+	missing=
+	{ have gcc || have cc; } && [ -e /usr/include/stdio.h ] || missing=" gcc libc6-dev"
+	need meson meson
+	need ninja ninja-build
+	need pkg-config pkg-config
+	need_lib liburcu-memb liburcu-dev
+	need_lib libxxhash libxxhash-dev
+	need_lib check check
+	needed=$missing
+	if wants translate || wants fault; then need_lib unicorn libunicorn-dev; fi
+	[ -z "$plots" ] || need gnuplot gnuplot-nox
+	if wants merge; then
+		need cpio cpio
+		need busybox busybox-static
+		need qemu-system-x86_64 qemu-system-x86
+	fi
+}
+
+find_missing
+installed=
+if [ -n "$missing" ]; then
+	if [ "$(id -u)" = 0 ] && have apt-get; then
+		echo "Installing:$missing"
+		apt-get -qq update >/dev/null
+		for package in $missing; do
+			DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends "$package" >/dev/null ||
+				echo "  cannot install $package" >&2
+		done
+		find_missing
+		installed=1
+	else
+		echo "Missing; as root: apt-get install$missing" >&2
+	fi
+	[ -z "$needed" ] || { echo "run.sh: cannot build without:$needed" >&2; exit 2; }
+fi
+
+# -- building ----------------------------------------------------------------------------------------
+
+mkdir -p "$build" || exit 2
+log=$build/bench.log
+rows=$build/bench.rows
+rm -f "$rows"
+echo "Build ($build/)"
+if [ ! -f "$build/build.ninja" ]; then
+	meson setup "$build" --buildtype=release >"$log" 2>&1 || { cat "$log" >&2; exit 2; }
+elif [ -n "$installed" ]; then
+	meson setup --reconfigure "$build" >"$log" 2>&1 || { cat "$log" >&2; exit 2; }
+fi
+ninja -C "$build" kage-bench-programs >"$log" 2>&1 || { tail -n 40 "$log" >&2; exit 2; }
+
+# -- running -----------------------------------------------------------------------------------------
+
+void=
+load() { cut -d ' ' -f 1-3 /proc/loadavg; }
+
+# Rows of a suite that its program could not report.
+skip() {
+	sed -n "s,^$1/,,p" bench/cases.txt | while read -r name; do
+		printf '%-40s %11s %9s %-6s %s\n' "$1/$name" skipped "" - "$2"
+		printf '{"suite":"%s","case":"%s","value":null,"unit":"-","spread":null,"peer":null,"peer_value":null,' \
+			"$1" "$name" >>"$rows"
+		printf '"ratio":null,"note":"skipped: %s"}\n' "$2" >>"$rows"
+	done
+}
+
+# run SUITE PROGRAM [ARG...]
+run() {
+	suite=$1
+	shift
+	"$@" --rows "$rows" $quick
+	case $? in
+	0) ;;
+	1) void=1 ;;
+	77) skip "$suite" "the machine has no KVM that runs the benchmark's guests" ;;
+	*) echo "run.sh: $suite: the program gave up" >&2; void=1 ;;
+	esac
+}
+
+machine=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)
+echo "Machine: $(nproc) CPUs, ${machine:-unknown}, Linux $(uname -r); load $(load)"
+begin=$(date +%s)
+for suite in $suites; do
+	case $suite in
+	merge) KAGE_BUILD=$build run merge sh bench/merge/run.sh ${plots:+--plots "$plots"} ;;
+	kvm)
+		if [ -x "$build/bench/kage-bench-kvm" ]; then
+			run kvm "$build/bench/kage-bench-kvm"
+		else
+			skip kvm "not built: x86-64 with KVM headers and -Dtests=true"
+		fi
+		;;
+	*) run "$suite" "$build/bench/kage-bench-core" "$suite" ;;
+	esac
+done
+echo
+echo "Load $(load); $(($(date +%s) - begin)) s"
+
+# -- what came out --------------------------------------------------------------------------------------
+
+[ -s "$rows" ] || { echo "run.sh: no rows" >&2; exit 2; }
+sed -n 's,^{"suite":"\([^"]*\)"\,"case":"\([^"]*\)".*,\1/\2,p' "$rows" | LC_ALL=C sort >"$log"
+for suite in $suites; do sed -n "s,^$suite/,&,p" bench/cases.txt; done | LC_ALL=C sort |
+	diff - "$log" || { echo "run.sh: rows (>) are not those of bench/cases.txt (<)" >&2; void=1; }
+if [ -n "$json" ]; then
+	{ echo '['; sed '$!s/$/,/' "$rows"; echo ']'; } >"$json" || exit 2
+	echo "Rows: $json"
+fi
+[ -z "$plots" ] || sh bench/plots.sh "$rows" "$plots" || void=1
+[ -z "$void" ]
