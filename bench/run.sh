@@ -134,6 +134,7 @@ for suite in $suites; do
 			skip kvm "not built: x86-64 with KVM headers and -Dtests=true"
 		fi
 		;;
+	notify) run notify "$build/bench/kage-bench-notify" ;;
 	*) run "$suite" "$build/bench/kage-bench-core" "$suite" ;;
 	esac
 done

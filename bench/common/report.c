@@ -170,7 +170,8 @@ void report_row(const struct row *r)
 	begin_row(r, name);
 	if (r->peer) {
 		snprintf(peer, sizeof(peer), "%.6g", r->peer_value);
-		snprintf(times, sizeof(times), "%.2f", ratio);
+		if (ratio > 0)
+			snprintf(times, sizeof(times), "%.2f", ratio);
 	}
 	if (r->isvoid)
 		printf("%-40s %11s %9s %-6s %11s %7s  %-24s %s\n", name, "void", "", r->unit, "", "",

@@ -4,13 +4,18 @@
  *
  *   guest.c     engines, guests, raw pointers, guest page tables
  *   translate.c TLB hits and warm misses against raw accesses
- *   clone.c     clone, first write after, un-share
+ *   twin.c      a process with as much memory as a guest: fork(), /proc
+ *   clone.c     clone, first write after, un-share; idle.c: what a clone takes
  *   cow.c       COW break against the kernel's
  *   storm.c     retries while unrelated ranges change
- *   memory.c    what a mapped guest costs
+ *   dirty.c     harvests, and what tracking costs; scan.c: the kernel's ways
+ *   memory.c    what a mapped guest takes
+ *   scale.c     1,000 guests against 32
  */
 #ifndef KAGE_BENCH_CORE_H
 #define KAGE_BENCH_CORE_H
+
+#include <stdio.h>
 
 #include <kage/backend.h>
 
@@ -43,12 +48,47 @@ struct kage_vcpu *vcpu_flat(struct kage_vm *vm, unsigned tlb_bits); /* 0: the de
 struct kage_vcpu *vcpu_paged(struct kage_vm *vm, uint64_t tables, unsigned tlb_bits);
 struct kage_vm *must_clone(struct kage_vm *vm);
 
+/* An engine whose structures' bytes are counted in heap_bytes(). One at a time. */
+struct guest guest_counted(uint64_t bytes, uint32_t region_flags);
+uint64_t heap_bytes(void);
+
+/* -- twin.c ------------------------------------------------------------------------------- */
+
+#define TWIN_SPOTS 32
+
+enum twin_kind {
+	TWIN_REAL,
+	TWIN_MANY,
+	TWIN_HUGE,
+};
+
+struct twin {
+	int pid;
+	bool ready;
+	FILE *to, *from;
+};
+
+/* Starts the process; it needs a while. */
+struct twin twin_start(enum twin_kind kind, uint64_t bytes);
+/* See twin.c. */
+double twin_ask(struct twin *t, const char *what, double *second);
+void twin_stop(struct twin *t);
+/* ns of a fork(); of a first write after it. arg: struct twin. */
+double sample_twin_fork(void *arg);
+double sample_twin_write(void *arg);
+/* main() of that process. */
+int twin_main(int argc, char **argv);
+/* KiB of a line of a file in /proc/self. */
+double own_kib(const char *file, const char *name);
+
 /* -- suites --------------------------------------------------------------------------------- */
 
 void bench_translate(const struct bench *b);
 void bench_clone(const struct bench *b);
+void idle_row(const struct bench *b, struct twin *twin); /* of clone; idle.c */
 void bench_cow(const struct bench *b);
-void bench_storm(const struct bench *b);
+void bench_dirty(const struct bench *b);
 void bench_memory(const struct bench *b);
+void bench_scale(const struct bench *b);
 
 #endif

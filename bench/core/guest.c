@@ -18,6 +18,40 @@ struct guest guest_create(uint64_t bytes, uint32_t region_flags, uint64_t reserv
 	return g;
 }
 
+static uint64_t heap;
+
+static void *counted_alloc(void *opaque, size_t bytes)
+{
+	void *p;
+
+	if (posix_memalign(&p, 64, bytes))
+		return NULL;
+	heap += bytes;
+	return memset(p, 0, bytes);
+}
+
+static void counted_free(void *opaque, void *p, size_t bytes)
+{
+	heap -= bytes;
+	free(p);
+}
+
+uint64_t heap_bytes(void)
+{
+	return heap;
+}
+
+struct guest guest_counted(uint64_t bytes, uint32_t region_flags)
+{
+	struct guest g = {.bytes = bytes};
+	const struct kage_alloc alloc = {.alloc = counted_alloc, .free = counted_free};
+
+	must(kage_engine_create(KAGE_CFG(kage_engine_config, .alloc = alloc), &g.engine), "engine");
+	must(kage_vm_create(g.engine, NULL, &g.vm), "guest");
+	must(kage_vm_map(g.vm, KAGE_CFG(kage_region, .len = bytes, .flags = region_flags)), "region");
+	return g;
+}
+
 void guest_destroy(struct guest *g)
 {
 	must(kage_vm_destroy(g->vm), "destroy guest");

@@ -6,14 +6,18 @@
  *
  * Exit: 0; 1 if a row was void; 2 if the machine cannot run it or the options are wrong.
  */
+#include <string.h>
+
 #include "core.h"
 
 int main(int argc, char **argv)
 {
 	static const struct suite suites[] = {
 	    {"translate", bench_translate}, {"clone", bench_clone},   {"fault", bench_cow},
-	    {"notify", bench_storm},	    {"memory", bench_memory},
+	    {"dirty", bench_dirty},	    {"memory", bench_memory}, {"scale", bench_scale},
 	};
 
+	if (argc > 1 && !strcmp(argv[1], "--twin"))
+		return twin_main(argc, argv);
 	return suites_run(argc, argv, suites, LENGTH(suites));
 }

@@ -1,47 +1,174 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Primary tables and frame metadata of a 16 GiB guest with every entry present,
- * as a share of its memory. Linux pays 64 bytes of struct page and 8 bytes of
- * page table for each 4 KiB; for a 2 MiB page 64 * 512 and 8 (struct pages are
- * not optimised away for ordinary memory), and 8 bytes of page table reserve.
+ * What a guest takes beside its memory: primary tables, frame metadata and the
+ * engine's objects, with every entry present, as a share of the guest's memory.
+ * Then what a clone and a vCPU take.
+ *
+ * Linux pays 64 bytes of struct page for each 4 KiB (not optimised away for ordinary
+ * memory, huge or not) and page tables: 8 bytes for each 4 KiB, or 8 for each 2 MiB and
+ * a table kept aside for the day it is split. Struct pages are arithmetic; page tables
+ * are VmPTE of a process with that much memory where one fits, else arithmetic.
  */
-#include <stdio.h>
+#include <stdlib.h>
 
 #include "core.h"
 
-#define SIZE (16 * GIB)
+#define SPOTS	  16 /* ranges that a clone writes */
+#define SPAN	  (2 * MIB)
+#define CLONES	  64
+#define VCPUS	  32
+#define TLB_PAGES 16384 /* of the default table */
 
-static void memory_row(const char *name, uint32_t flags, double limit, double linux_bytes, const char *peer)
+struct linux_cost {
+	double tables; /* bytes */
+	bool measured;
+};
+
+/* kind: of the process; a process that is too large is computed. */
+static struct linux_cost linux_tables(const struct bench *b, uint64_t bytes, bool block)
 {
-	struct guest g = guest_create(SIZE, flags, 0);
+	struct linux_cost c = {.tables =
+				   block ? (double)(bytes / SPAN) * (8 + 4096) : (double)(bytes / PAGE) * 8};
+	struct twin twin;
+
+	if (block ? bytes > GIB : bytes > 16 * GIB && b->quick)
+		return c;
+	twin = twin_start(block ? TWIN_HUGE : bytes > GIB ? TWIN_MANY : TWIN_REAL, bytes);
+	c.tables = twin_ask(&twin, "m", NULL) * 1024;
+	c.measured = true;
+	twin_stop(&twin);
+	return c;
+}
+
+static void metadata_row(const struct bench *b, const char *name, uint64_t bytes, bool block)
+{
+	uint64_t size = bench_size(b, bytes);
+	struct guest g = guest_counted(size, block ? 0 : KAGE_REGION_NOHUGE);
+	struct linux_cost theirs = linux_tables(b, size, block);
 	uint64_t entries = guest_present(&g);
 	struct kage_stats s = guest_stats(&g, NULL);
-	double bytes = (double)(s.frames_table * PAGE + s.bytes_metadata);
-	struct row row = {.suite = "memory",
-			  .name = name,
-			  .unit = "%",
-			  .peer = peer,
-			  .goal = GOAL_MOST,
-			  .limit = limit,
-			  .value = bytes * 100 / (double)SIZE,
-			  .peer_value = linux_bytes * 100 / (double)SIZE};
+	double tables = (double)(s.frames_table * PAGE), metadata = (double)s.bytes_metadata;
+	double objects = (double)heap_bytes();
+	struct row row = {
+	    .suite = "memory", .name = name, .unit = "%", .goal = GOAL_MOST, .limit = block ? 0.05 : 0.6};
 
+	row.peer = theirs.measured ? "Linux: struct page (arithmetic) and VmPTE"
+				   : "Linux: struct page and tables, arithmetic";
+	row.value = (tables + metadata + objects) * 100 / (double)size;
+	row.peer_value = ((double)(size / PAGE) * 64 + theirs.tables) * 100 / (double)size;
 	/* All of it is mapped, by as many entries as the row says. */
-	row.isvoid =
-	    flags & KAGE_REGION_NOHUGE ? entries != SIZE / PAGE : !entries || entries > SIZE / (2 * MIB);
-	row_note(&row, "%llu entries present; tables %.1f MiB, metadata %.1f MiB, shadow apart (%.1f MiB)",
-		 (unsigned long long)entries, (double)(s.frames_table * PAGE) / (double)MIB,
-		 (double)s.bytes_metadata / (double)MIB, (double)s.shadow_bytes / (double)MIB);
+	row.isvoid = block ? !entries || entries > size / SPAN : entries != size / PAGE;
+	row_note(&row,
+		 "%llu entries present; tables %.2f MiB, metadata %.2f, objects %.2f. Linux: tables %.2f "
+		 "MiB, rest struct page",
+		 (unsigned long long)entries, tables / (double)MIB, metadata / (double)MIB,
+		 objects / (double)MIB, theirs.tables / (double)MIB);
 	report_row(&row);
 	guest_destroy(&g);
 }
 
+/* -- a clone, a vCPU ----------------------------------------------------------------------- */
+
+/* What the engine has beside the guests' pages. */
+static double beside(const struct guest *g)
+{
+	struct kage_stats s = guest_stats(g, NULL);
+
+	return (double)(s.frames_table * PAGE + s.bytes_metadata + s.shadow_bytes) + (double)heap_bytes();
+}
+
+static void per_clone_rows(struct guest *g)
+{
+	struct kage_vm *clone[CLONES];
+	struct row row = {.suite = "memory", .name = "per-clone", .unit = "KiB"};
+	uint64_t spots = g->bytes / SPAN < SPOTS ? g->bytes / SPAN : SPOTS, seen = 0;
+	double before = beside(g), idle;
+
+	for (unsigned i = 0; i < CLONES; i++)
+		clone[i] = must_clone(g->vm);
+	idle = beside(g);
+	for (uint64_t i = 1; i <= CLONES * spots; i++)
+		must(kage_vm_write(clone[(i - 1) / spots], (i - 1) % spots * SPAN, &i, 8), "write");
+	row.value = (idle - before) / CLONES / 1024;
+	for (uint64_t i = 1; i <= CLONES * spots; i++) {
+		must(kage_vm_read(clone[(i - 1) / spots], (i - 1) % spots * SPAN, &seen, 8), "read");
+		row.isvoid |= seen != i;
+	}
+	row_note(&row, "objects and tables of an idle clone by the engine's count; clone/idle-1000 has what "
+		       "is resident");
+	report_row(&row);
+	row.name = "per-clone-range";
+	row.value = (beside(g) - idle) / CLONES / (double)spots / 1024;
+	row.peer = "a page table and 64 bytes of struct page";
+	row.peer_value = (4096 + 64) / 1024.;
+	row_note(&row, "each 2 MiB range that a clone has begun to write: its leaf table, its share of those "
+		       "above; the copied "
+		       "page itself apart");
+	report_row(&row);
+	for (unsigned i = 0; i < CLONES; i++)
+		must(kage_vm_destroy(clone[i]), "destroy");
+	guest_settle(g);
+}
+
+/* Resident memory: what the engine maps for TLBs is in no count of its own. */
+static double vcpus_kib(struct guest *g, struct kage_vcpu *v[VCPUS], uint64_t pages, bool *ok)
+{
+	double kib = own_kib("smaps_rollup", "Rss") + own_kib("status", "VmPTE");
+	uint64_t word = 0, sum = 0;
+
+	for (unsigned i = 0; i < VCPUS; i++)
+		if (!v[i])
+			v[i] = vcpu_flat(g->vm, 0);
+	for (unsigned i = 0; i < VCPUS; i++)
+		for (uint64_t at = 0; at < pages; at++) {
+			must(kage_vcpu_load(v[i], at * PAGE, &word, 8, NULL), "load");
+			sum += word == 0;
+		}
+	*ok &= sum == pages * VCPUS;
+	return (own_kib("smaps_rollup", "Rss") + own_kib("status", "VmPTE") - kib) / VCPUS;
+}
+
+static void per_vcpu_rows(struct guest *g)
+{
+	struct kage_vcpu *first = vcpu_flat(g->vm, 0), *v[VCPUS] = {NULL};
+	uint64_t pages = g->bytes / PAGE < TLB_PAGES ? g->bytes / PAGE : TLB_PAGES, word;
+	struct row row = {.suite = "memory", .name = "per-vcpu", .unit = "KiB"};
+	uint64_t heap;
+	bool ok = true;
+
+	for (uint64_t at = 0; at < pages; at++) /* the guest's shadow tables, and what is behind its pages */
+		must(kage_vcpu_load(first, at * PAGE, &word, 8, NULL), "load");
+	heap = heap_bytes();
+	vcpus_kib(g, v, 0, &ok);
+	row.value = (double)(heap_bytes() - heap) / VCPUS / 1024;
+	row_note(&row, "objects, of %u vCPUs that have not run", VCPUS);
+	report_row(&row);
+	row.name = "per-vcpu-used";
+	row.value = vcpus_kib(g, v, pages, &ok);
+	row.isvoid = !ok;
+	row_note(&row,
+		 "resident, more once it has used %llu pages: its TLB of 32 bytes an entry; shadow tables "
+		 "are the guest's",
+		 (unsigned long long)pages);
+	report_row(&row);
+	for (unsigned i = 0; i < VCPUS; i++)
+		kage_vcpu_destroy(v[i]);
+	kage_vcpu_destroy(first);
+}
+
 void bench_memory(const struct bench *b)
 {
-	(void)b;
-	memory_row("metadata-4k", KAGE_REGION_NOHUGE, 0.6, (double)(SIZE / PAGE) * (64 + 8),
-		   "Linux: struct page and tables, arithmetic");
-	memory_row("metadata-block", 0, 0.05,
-		   (double)(SIZE / PAGE) * 64 + (double)(SIZE / (2 * MIB)) * (8 + 4096),
-		   "Linux with huge pages, arithmetic");
+	struct guest g;
+
+	metadata_row(b, "metadata-4k-1g", GIB, false);
+	metadata_row(b, "metadata-4k", 16 * GIB, false);
+	metadata_row(b, "metadata-4k-256g", 256 * GIB, false);
+	metadata_row(b, "metadata-block-1g", GIB, true);
+	metadata_row(b, "metadata-block", 16 * GIB, true);
+	metadata_row(b, "metadata-block-256g", 256 * GIB, true);
+	g = guest_counted(bench_size(b, 16 * GIB), KAGE_REGION_NOHUGE);
+	guest_present(&g);
+	per_clone_rows(&g);
+	per_vcpu_rows(&g);
+	guest_destroy(&g);
 }

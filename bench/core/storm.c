@@ -2,13 +2,16 @@
 /*
  * One thread faults in range A while another changes range B of the same guest
  * all the time: discards and writes it, and takes and gives write permission.
- * No fault of A may retry because of a change of B.
+ * No fault of A may retry because of a change of B. The peer is the same program
+ * with global.c in place of what is exact by range.
  */
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-#include "core.h"
+#include "notify.h"
 
 #define RANGE_A (4 * GIB)
 #define RANGE_B (64 * MIB)
@@ -99,41 +102,130 @@ static double storm_run(struct storm *s, bool storming, struct kage_stats *stats
 	return ns / (double)s->faults;
 }
 
-void bench_storm(const struct bench *b)
+/* -- the peer: the same in a process whose faults go by one sequence (global.c) ------------- */
+
+struct storm_result {
+	double ns; /* a fault, wall */
+	unsigned long long retried, claimed, changes;
+	int ok;
+};
+
+int storm_main(int argc, char **argv)
 {
-	struct storm s = {.faults = (uint64_t)1 << (20 - b->shift)};
-	struct series count = {0}, busy = {0}, quiet = {0};
-	uint64_t claimed = 0, changes = 0, faults = 0;
+	struct storm s = {.faults = argc > 3 ? strtoull(argv[2], NULL, 0) : 0};
 	struct kage_stats stats;
+	double ns;
+
+	if (!s.faults)
+		return 2;
+	ns = storm_run(&s, atoi(argv[3]) != 0, &stats);
+	printf("%f %llu %llu %llu %d\n", ns, (unsigned long long)stats.faults_retried,
+	       (unsigned long long)stats.retries_spurious, (unsigned long long)s.changes, s.ok);
+	return 0;
+}
+
+static struct storm_result run_here(uint64_t faults, bool storming)
+{
+	struct storm s = {.faults = faults};
+	struct kage_stats stats;
+	double ns = storm_run(&s, storming, &stats);
+
+	return (struct storm_result){ns, stats.faults_retried, stats.retries_spurious, s.changes, s.ok};
+}
+
+static struct storm_result run_global(const char *program, uint64_t faults, bool storming)
+{
+	struct storm_result r = {0};
+	char command[600];
+	FILE *f;
+
+	snprintf(command, sizeof(command), "'%s' --storm %llu %d", program, (unsigned long long)faults,
+		 storming);
+	f = must_map(popen(command, "r"), program);
+	if (fscanf(f, "%lf %llu %llu %llu %d", &r.ns, &r.retried, &r.claimed, &r.changes, &r.ok) != 5)
+		r.ok = false;
+	pclose(f);
+	return r;
+}
+
+/* This program's name and "-global". */
+static bool find_global(char *path, size_t bytes)
+{
+	ssize_t n = readlink("/proc/self/exe", path, bytes - 8);
+
+	if (n < 0)
+		return false;
+	strcpy(path + n, "-global");
+	return access(path, X_OK) == 0;
+}
+
+struct side {
+	struct series count, busy, quiet;
+	uint64_t retried, claimed, changes;
+	bool ok;
+};
+
+static void side_add(struct side *s, struct storm_result quiet, struct storm_result busy, uint64_t faults)
+{
+	/* nothing overlaps: whatever retried did so for nothing, whatever the engine's own counter says */
+	series_add(&s->count, (double)busy.retried * 1e6 / (double)faults);
+	series_add(&s->busy, busy.ns);
+	series_add(&s->quiet, quiet.ns);
+	s->retried += busy.retried;
+	s->claimed += busy.claimed;
+	s->changes += busy.changes;
+	s->ok &= quiet.ok && busy.ok && busy.changes >= 3;
+}
+
+static void fault_row(const struct side *ours, const struct side *global, const char *name, const char *note,
+		      bool storming)
+{
+	const struct series *a = storming ? &ours->busy : &ours->quiet,
+			    *b = storming ? &global->busy : &global->quiet;
+	struct row row = {.suite = "notify",
+			  .name = name,
+			  .unit = "ns",
+			  .peer = b->n ? "one sequence for all changes" : NULL,
+			  .isvoid = !ours->ok || !global->ok,
+			  .value = series_median(a),
+			  .spread = series_spread(a),
+			  .peer_value = series_median(b)};
+
+	row_note(&row, "wall time of a fault (half first loads by a vCPU, half backend faults) %s", note);
+	report_row(&row);
+}
+
+void storm_rows(const struct bench *b)
+{
+	uint64_t faults = (uint64_t)1 << (20 - b->shift);
+	struct side ours = {.ok = true}, global = {.ok = true};
 	struct row row = {.suite = "notify", .name = "spurious-storm", .unit = "count", .goal = GOAL_MOST};
-	bool ok = true;
+	char program[512];
+	bool peer = find_global(program, sizeof(program));
 
 	for (unsigned i = 0; i < b->reps; i++) {
-		series_add(&quiet, storm_run(&s, false, &stats));
-		series_add(&busy, storm_run(&s, true, &stats));
-		/* nothing overlaps: whatever retried did so for nothing, whatever the engine's own counter says */
-		series_add(&count, (double)stats.faults_retried);
-		row.value += (double)stats.faults_retried;
-		claimed += stats.retries_spurious;
-		faults += s.faults;
-		changes += s.changes;
-		ok &= s.ok && s.changes >= 100;
+		struct storm_result quiet = run_here(faults, false), busy = run_here(faults, true);
+
+		side_add(&ours, quiet, busy, faults);
+		if (!peer)
+			continue;
+		quiet = run_global(program, faults, false);
+		side_add(&global, quiet, run_global(program, faults, true), faults);
 	}
-	row.spread = series_spread(&count);
-	row.isvoid = !ok;
+	row.value = (double)ours.retried * 1e6 / (double)(faults * b->reps);
+	row.spread = series_spread(&ours.count);
+	row.peer = peer ? "one sequence for all changes" : NULL;
+	row.peer_value = series_median(&global.count);
+	row.isvoid = !ours.ok || !global.ok;
 	row_note(&row,
-		 "spurious retries in all repetitions: %llu faults, %llu changes elsewhere; the engine's own counter says %llu",
-		 (unsigned long long)faults, (unsigned long long)changes, (unsigned long long)claimed);
+		 "retries in a million faults, of all repetitions together: %llu of %llu, %llu changes "
+		 "elsewhere, the "
+		 "engine's own counter says %llu; with one sequence %llu retries, %llu changes%s",
+		 (unsigned long long)ours.retried, (unsigned long long)(faults * b->reps),
+		 (unsigned long long)ours.changes, (unsigned long long)ours.claimed,
+		 (unsigned long long)global.retried, (unsigned long long)global.changes,
+		 peer ? "" : " (not run: no kage-bench-notify-global beside this program)");
 	report_row(&row);
-	row = (struct row){
-	    .suite = "notify",
-	    .name = "storm-fault",
-	    .unit = "ns",
-	    .peer = "no storm",
-	    .isvoid = !ok,
-	    .value = series_median(&busy),
-	    .spread = series_spread(&busy),
-	    .peer_value = series_median(&quiet),
-	    .note = "wall time of a fault (half first loads by a vCPU, half backend faults) in the storm"};
-	report_row(&row);
+	fault_row(&ours, &global, "storm-fault", "in the storm", true);
+	fault_row(&ours, &global, "storm-quiet", "without it", false);
 }
