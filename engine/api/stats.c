@@ -59,9 +59,10 @@ int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats 
 	if (r)
 		return r;
 	if (vm) {
-		obs_guest(&vm->mm, &s);
+		obs_guest(&vm->mm, &e->merge, &s);
 		add_shadow(vm, &s);
 	} else {
+		s.ksm_bytes = merge_bytes(&e->merge);
 		held = brlock_read(&e->upkeep); /* reserves of hardened domains stay where they are */
 		obs_engine(&e->host, &e->merge, &s);
 		brlock_read_drop(&e->upkeep, held);

@@ -13,7 +13,8 @@
  *  1. a frame with FRAME_CANDIDATE had the contents that some entry's hash says
  *     when it was marked.
  *  2. an entry whose frame has no mark, or another tag, is garbage: whoever
- *     meets it takes it out. So is one that a comparison has disproved.
+ *     meets it takes it out. So is one that a comparison has disproved, and one whose frame is pinned:
+ *     nobody can be merged with it, and the pin has marked its page as changed, so it is looked at again.
  *  3. `marked` counts marks that were set, less those that merging took away;
  *     frames that were given back with their mark are counted by the pool. The
  *     difference is exact, however much garbage there is.
@@ -92,7 +93,7 @@ bool candidate_alive(struct pool *pool, pfn_t pfn)
 		return false;
 	bits = READ_ONCE(pfn_frame(pool, pfn)->bits);
 	kind = (enum frame_kind)((bits & FRAME_KIND_MASK) >> FRAME_KIND_SHIFT);
-	return bits & FRAME_CANDIDATE && (kind == FRAME_HOME || kind == FRAME_PRIVATE);
+	return bits & FRAME_CANDIDATE && !(bits & FRAME_PINS_MAX) && (kind == FRAME_HOME || kind == FRAME_PRIVATE);
 }
 
 /* Inside a read section. */

@@ -91,16 +91,13 @@ void chunks_free(struct merge *m, struct merge_mm *g)
 	g->chunks = g->room = 0;
 }
 
-uint64_t merge_mm_bytes(struct merge *m, struct merge_mm *g)
+uint64_t chunks_bytes(const struct merge_mm *g)
 {
-	uint64_t bytes = sizeof(*g) + dirty_bytes(g->log);
+	uint64_t bytes = g->room * sizeof(*g->chunk) + g->chunks * sizeof(struct merge_chunk);
 
-	lock_take(&m->lock);
-	bytes += g->room * sizeof(*g->chunk) + g->chunks * sizeof(struct merge_chunk);
 	for (uint32_t i = 0; i < g->chunks; i++)
 		for (unsigned b = 0; b < ARRAY_SIZE(g->chunk[i]->backoff); b++)
 			bytes += READ_ONCE(g->chunk[i]->backoff[b]) ? sizeof(struct backoff) : 0;
-	lock_drop(&m->lock);
 	return bytes;
 }
 

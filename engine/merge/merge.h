@@ -69,7 +69,7 @@ void candidates_prefetch(const struct candidates *t, uint64_t hash);
 void candidates_drop(struct candidates *t, uint64_t hash, pfn_t pfn);
 /* What was known of the frame is old. Inside a read section, or the frame is held otherwise. */
 void candidate_unmark(struct candidates *t, struct frame *f);
-/* An ordinary frame in use that carries the mark: it stays readable for the rest of the read section. */
+/* An ordinary frame in use that carries the mark, and no pin: it stays readable for the rest of the read section. */
 bool candidate_alive(struct pool *pool, pfn_t pfn);
 uint64_t candidates_count(const struct candidates *t, struct pool *pool);
 /* Takes garbage out, if there is enough of it. */
@@ -165,8 +165,9 @@ void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing, ui
 int merge_hint(struct merge *m, struct mm *mm, gfn_t start, uint64_t npages, bool final);
 /* Pages of hints; *ready: for some of them the next step need not wait. */
 uint64_t merge_urgent(struct merge *m, bool *ready);
-/* Bytes of what is remembered of a guest, its dirty log included. */
-uint64_t merge_mm_bytes(struct merge *m, struct merge_mm *g);
+/* Bytes of what is remembered of a guest, its dirty log included; of all guests, candidates and hints. No lock held. */
+uint64_t merge_mm_bytes(struct merge *m, struct mm *mm);
+uint64_t merge_bytes(struct merge *m);
 /* The guest is about to be destroyed: steps pass it over from now on. */
 void merge_forget(struct merge *m, struct mm *mm);
 /*

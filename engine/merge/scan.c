@@ -20,6 +20,7 @@
 #include "mm/layer.h"
 #include "mm/mirror.h"
 #include "mm/region.h"
+#include "mm/stable.h"
 
 #define BATCH 512
 #define LIVE_MOST 128 /* pages of one change where somebody may be waiting for its end */
@@ -48,10 +49,14 @@ void merge_finish(struct merge *m)
 
 void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing, uint32_t backoff)
 {
+	uint32_t most = max_sharing ? max_sharing : SHARING_DEFAULT;
+
 	brlock_write(&m->gate);
 	m->on = on;
 	m->no_zero = no_zero;
-	m->max_sharing = max_sharing ? max_sharing : SHARING_DEFAULT;
+	if (most > m->max_sharing)
+		stable_reopen_all(m->host);
+	m->max_sharing = most;
 	m->backoff = backoff;
 	brlock_write_drop(&m->gate);
 }
@@ -90,6 +95,46 @@ int merge_attach(struct merge *m, struct mm *mm)
 	}
 	mm->merge = g;
 	return 0;
+}
+
+/* merge->lock held. */
+static uint64_t guest_bytes(const struct mm *mm)
+{
+	const struct merge_mm *g = mm->merge;
+
+	return g ? sizeof(*g) + dirty_bytes(g->log) + chunks_bytes(g) : 0;
+}
+
+uint64_t merge_mm_bytes(struct merge *m, struct mm *mm)
+{
+	uint64_t bytes;
+
+	lock_take(&m->lock);
+	bytes = guest_bytes(mm);
+	lock_drop(&m->lock);
+	return bytes;
+}
+
+uint64_t merge_bytes(struct merge *m)
+{
+	struct brlock_held gate = brlock_read(&m->gate), host = brlock_read(&m->host->lock);
+	uint64_t bytes = READ_ONCE(m->candidates.slots) * sizeof(struct candidate);
+
+	lock_take(&m->lock);
+	list_for_each(pos, &m->hints)
+		bytes += sizeof(struct merge_hint);
+	list_for_each(fp, &m->host->families) {
+		struct family *f = container_of(fp, struct family, node);
+		struct brlock_held held = brlock_read(&f->lock);
+
+		list_for_each(mp, &f->mms)
+			bytes += guest_bytes(container_of(mp, struct mm, node));
+		brlock_read_drop(&f->lock, held);
+	}
+	lock_drop(&m->lock);
+	brlock_read_drop(&m->host->lock, host);
+	brlock_read_drop(&m->gate, gate);
+	return bytes;
 }
 
 /* -- a pass -------------------------------------------------------------------------------------- */

@@ -34,6 +34,8 @@ uint32_t chunk_search(const struct merge_mm *g, uint64_t index);
 /* The chunk with this index; made if it is not there. NULL: no memory. The same. */
 struct merge_chunk *chunk_have(struct merge *m, struct merge_mm *g, uint64_t index);
 void chunks_free(struct merge *m, struct merge_mm *g);
+/* Bytes of them. The same. */
+uint64_t chunks_bytes(const struct merge_mm *g);
 /* Harvests the chunk, or w's part of it, and works out what is to be looked at. The chunk is taken. -errno. */
 int chunk_visit(struct scanner *s, const struct work *w);
 /* Up to `limit` pages of an open chunk, 2 MiB at a time. Returns the number it spent, or -errno. */

@@ -458,6 +458,7 @@ static int pin_pages(struct mm *mm, gfn_t gfn, uint64_t npages, struct iovec *io
 		done++;
 		r = iov_add(iov, used, room, pfn_hva(mm->host->pool, pfn));
 	}
+	mm_mark_changed(mm, gfn, done); /* after the pins: merging drops pinned candidates, and comes back to them */
 	if (r)
 		unpin_pages(mm, gfn, done);
 	return r;

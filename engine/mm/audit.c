@@ -271,12 +271,16 @@ static int check_mm(struct mm *mm, void *arg)
 static void check_stable(struct stable *s, void *arg)
 {
 	struct census *cs = arg;
+	const struct stable *next = container_of(s->same.next, struct stable, same);
 
 	CHECK(cs, frame_kind(pfn_frame(cs->h->pool, s->pfn)) == FRAME_STABLE, "stable %#lx: kind %d", (long)s->pfn.v,
 	      frame_kind(pfn_frame(cs->h->pool, s->pfn)));
 	CHECK(cs, tally_read(cs, s->pfn, TALLY_FRAME) + tally_read(cs, s->pfn, TALLY_NOTED) > 0, "stable %#lx: nothing maps it, refs %u", (long)s->pfn.v,
 	      atomic_load(&pfn_frame(cs->h->pool, s->pfn)->refs));
 	CHECK(cs, frame_stable(cs->h->pool, s->pfn) == s, "stable %#lx: chain and frame disagree", (long)s->pfn.v);
+	CHECK(cs, !(READ_ONCE(pfn_frame(cs->h->pool, s->pfn)->bits) & FRAME_FULL) == !s->full, "stable %#lx: full, or not", (long)s->pfn.v);
+	CHECK(cs, next->hash == s->hash && next->domain == s->domain, "stable %#lx: other contents beside it", (long)s->pfn.v);
+	CHECK(cs, !s->full || next->full || next->at, "stable %#lx: full, and before one with room", (long)s->pfn.v); /* S4 */
 }
 
 /* H5, and what is noted. */

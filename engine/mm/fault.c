@@ -48,6 +48,7 @@ struct cow {
 	gfn_t gfn;
 	entry_t *slot;
 	entry_t old;
+	bool merged; /* `old` was */
 	pfn_t copy;
 	struct table_locked lock;
 };
@@ -102,6 +103,7 @@ static void cow_commit(struct change *c)
 	struct cow *w = container_of(c, struct cow, c);
 	struct host *h = w->target.mm->host;
 
+	w->merged = entry_merged(h->pool, w->old);
 	entry_store(w->slot, entry_leaf(w->copy, ENTRY_W));
 	if (entry_is_fused(w->old) && fused_gone(w->target.mm->family->tenant, entry_pfn(w->old)))
 		return;
@@ -141,6 +143,7 @@ static int cow_break(struct mm *mm, struct mm_fault *f, struct cursor *c)
 	if (!(f->access & KAGE_WRITE))
 		mm_mark_changed(mm, f->gfn, 1); /* as it was, but in a frame that merging has not seen */
 	mm_count(mm, cow_breaks);
+	mm_count_add(mm, ksm_cow_breaks, w.merged);
 	trace(mm->host->env, cow_break, mm->id, f->gfn.v, 0);
 	f->pfn = w.copy;
 	f->level = 0;

@@ -514,6 +514,8 @@ static void adopt_after(struct change *c)
 			gone = a->to[i];
 			a->failed = true;
 		}
+		else
+			mm_count_add(mm, ksm_cow_breaks, entry_merged(mm->host->pool, e));
 		if (!bit_test(a->own, i) && !pfn_is_none(gone))
 			frame_drop(mm->host, gone, &c->dead);
 	}
@@ -856,6 +858,7 @@ static void broken_commit(struct change *c)
 			bit_set(b->left, i);
 			continue;
 		}
+		mm_count_add(mm, ksm_cow_breaks, entry_merged(mm->host->pool, e));
 		entry_store(&b->table[i], ENTRY_HOST_PRIVATE);
 		mm_mark_changed(mm, gfn_add(b->base, i), 1); /* merging takes it for a page of a frame that it knows */
 		if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL))

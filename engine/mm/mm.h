@@ -79,7 +79,7 @@ struct regions {
 #define MM_COUNTERS(X)                                                                           \
 	X(faults) X(faults_spurious) X(faults_retried) X(cow_breaks) X(cow_reused)               \
 	X(tables_unshared) X(blocks_split) X(changes) X(changes_raced) X(clones)                 \
-	X(pages_discarded) X(ksm_merges) X(ksm_unmerges) X(ksm_zero_pages) X(pages_adopted) X(pages_broken)           \
+	X(pages_discarded) X(ksm_merges) X(ksm_unmerges) X(ksm_zero_pages) X(ksm_cow_breaks) X(pages_adopted) X(pages_broken)           \
 	X(blocks_widened)
 
 struct mm_counters {

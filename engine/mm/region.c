@@ -8,6 +8,7 @@
 #include <fcntl.h>
 
 #include "mm/region.h"
+#include "mm/stable.h"
 #include "mm/change.h"
 #include "mm/layer.h"
 #include "mm/mirror.h"
@@ -597,8 +598,7 @@ static int mm_unmerge(struct mm *mm, gfn_t start, gfn_t end)
 
 		rcu_enter();
 		l = mm_lookup(mm, start);
-		merged = entry_is_leaf(l.entry) && l.level == 0 &&
-			 (pfn_is_zero(l.pfn) || frame_kind(pfn_frame(mm->host->pool, l.pfn)) == FRAME_STABLE);
+		merged = l.level == 0 && entry_merged(mm->host->pool, l.entry);
 		rcu_leave();
 		table_unlock(w);
 		if (!merged) {

@@ -8,7 +8,8 @@
 
 struct stable_table {
 	uint64_t buckets; /* power of two */
-	uint64_t count;
+	uint64_t count;	  /* frames */
+	uint64_t chains, dups; /* contents with more than one frame; these */
 	struct stable **bucket;
 };
 
@@ -46,6 +47,164 @@ static struct stable **bucket_of(struct stable_table *t, uint32_t domain, uint64
 	return &t->bucket[(hash ^ (uint64_t)domain * 0x9e3779b97f4a7c15u) & (t->buckets - 1)];
 }
 
+/* -- who leads its contents (S4); host->stable held -------------------------------- */
+
+static void bucket_add(struct stable **bucket, struct stable *s)
+{
+	s->next = *bucket;
+	s->at = bucket;
+	if (s->next)
+		s->next->at = &s->next;
+	*bucket = s;
+}
+
+static void bucket_del(struct stable *s)
+{
+	*s->at = s->next;
+	if (s->next)
+		s->next->at = s->at;
+	s->at = NULL;
+}
+
+/* `to` takes the place of `from` in the bucket. */
+static void lead(struct stable *from, struct stable *to)
+{
+	if (from == to)
+		return;
+	to->next = from->next;
+	to->at = from->at;
+	*to->at = to;
+	if (to->next)
+		to->next->at = &to->next;
+	from->at = NULL;
+}
+
+static struct stable *same_next(const struct stable *s)
+{
+	return container_of(s->same.next, struct stable, same);
+}
+
+static struct stable *leader_of(struct host *h, uint32_t domain, uint64_t hash)
+{
+	struct stable *s = *bucket_of(h->stable_table, domain, hash);
+
+	while (s && (s->hash != hash || s->domain != domain))
+		s = s->next;
+	return s;
+}
+
+/* A new leader, if there is one already. */
+static void same_add(struct host *h, struct stable *s)
+{
+	struct stable_table *t = h->stable_table;
+	struct stable *first = leader_of(h, s->domain, s->hash);
+
+	list_init(&s->same);
+	if (!first) {
+		bucket_add(bucket_of(t, s->domain, s->hash), s);
+		return;
+	}
+	t->chains += list_empty(&first->same);
+	t->dups += list_empty(&first->same) ? 2 : 1;
+	list_add_tail(&first->same, &s->same); /* before the leader: behind the last */
+	lead(first, s);
+}
+
+static void same_del(struct host *h, struct stable *s)
+{
+	struct stable_table *t = h->stable_table;
+	bool alone = list_empty(&s->same), two = !alone && s->same.next == s->same.prev;
+
+	if (alone)
+		bucket_del(s);
+	else if (s->at)
+		lead(s, same_next(s));
+	list_del(&s->same);
+	t->chains -= two;
+	t->dups -= alone ? 0 : two ? 2 : 1;
+}
+
+/* To the front of its ring, or to its end. */
+static void same_move(struct host *h, struct stable *s, bool front)
+{
+	struct stable *first = leader_of(h, s->domain, s->hash);
+
+	if (s == first) {
+		if (!front)
+			lead(s, same_next(s));
+		return;
+	}
+	list_del(&s->same);
+	list_add_tail(&first->same, &s->same);
+	if (front)
+		lead(first, s);
+}
+
+static void full_set(struct host *h, struct stable *s, bool full)
+{
+	_Atomic uint32_t *bits = &pfn_frame(h->pool, s->pfn)->bits;
+
+	s->full = full;
+	if (full)
+		atomic_fetch_or_explicit(bits, FRAME_FULL, memory_order_seq_cst);
+	else
+		atomic_fetch_and_explicit(bits, ~FRAME_FULL, memory_order_relaxed);
+}
+
+/* It had `most` users a moment ago. */
+static void fill(struct host *h, struct stable *s, uint32_t most)
+{
+	full_set(h, s, true);
+	if (atomic_load_explicit(&pfn_frame(h->pool, s->pfn)->refs, memory_order_seq_cst) < most)
+		full_set(h, s, false);
+	else
+		same_move(h, s, false);
+}
+
+/* A reference of a frame that looked full has gone. It may have died since, and be anything. */
+static void reopen(struct host *h, pfn_t pfn)
+{
+	struct frame *f = pfn_frame(h->pool, pfn);
+
+	lock_take(&h->stable);
+	if (frame_kind(f) == FRAME_STABLE && READ_ONCE(f->bits) & FRAME_FULL) { /* taken away under the lock when it dies */
+		struct stable *s = frame_stable(h->pool, pfn);
+
+		full_set(h, s, false);
+		same_move(h, s, true);
+	}
+	lock_drop(&h->stable);
+}
+
+static void not_full(struct stable *s, void *arg)
+{
+	if (s->full)
+		full_set(arg, s, false);
+}
+
+void stable_reopen_all(struct host *h)
+{
+	stable_each(h, not_full, h);
+}
+
+void stable_chains(struct host *h, uint64_t *chains, uint64_t *dups)
+{
+	lock_take(&h->stable);
+	*chains = h->stable_table->chains;
+	*dups = h->stable_table->dups;
+	lock_drop(&h->stable);
+}
+
+uint64_t stable_bytes(struct host *h)
+{
+	uint64_t bytes;
+
+	lock_take(&h->stable);
+	bytes = sizeof(*h->stable_table) + h->stable_table->buckets * sizeof(*h->stable_table->bucket);
+	lock_drop(&h->stable);
+	return bytes;
+}
+
 /* Doubles the table when it is full; without memory it just gets slower. */
 static void table_resize(struct host *h, struct stable_table *t)
 {
@@ -59,15 +218,14 @@ static void table_resize(struct host *h, struct stable_table *t)
 	WRITE_ONCE(t->buckets, 2 * n);
 	for (uint64_t i = 0; i < n; i++) {
 		for (struct stable *s = old[i], *next; s; s = next) {
-			struct stable **b = bucket_of(t, s->domain, s->hash);
-
 			next = s->next;
-			s->next = *b;
-			*b = s;
+			bucket_add(bucket_of(t, s->domain, s->hash), s);
 		}
 	}
 	env_free(h->env, old, n * sizeof(*old));
 }
+
+/* -- objects, and room in their chains ---------------------------------------------- */
 
 struct stable *stable_alloc(struct host *h, uint32_t domain, uint64_t hash)
 {
@@ -148,7 +306,6 @@ void stable_publish(struct host *h, struct stable *s, pfn_t pfn)
 {
 	struct stable_table *t = h->stable_table;
 	struct frame *f = pfn_frame(h->pool, pfn);
-	struct stable **b;
 
 	s->pfn = pfn;
 	if (frame_kind(f) == FRAME_HOME)
@@ -157,9 +314,7 @@ void stable_publish(struct host *h, struct stable *s, pfn_t pfn)
 	atomic_store_explicit(&f->where, (uintptr_t)s, memory_order_release);
 	if (t->count >= t->buckets)
 		table_resize(h, t);
-	b = bucket_of(t, s->domain, s->hash);
-	s->next = *b;
-	*b = s;
+	same_add(h, s);
 	t->count++;
 	atomic_fetch_add_explicit(&h->stable_frames, 1, memory_order_relaxed);
 }
@@ -185,6 +340,26 @@ static bool frame_get_unless_zero(struct frame *f)
 	return true;
 }
 
+/* Of a leader's ring: one with room, with a reference. */
+static struct stable *same_get(struct host *h, struct stable *first, uint32_t most)
+{
+	struct stable *s = first, *next;
+
+	do {
+		struct frame *f = pfn_frame(h->pool, s->pfn);
+
+		if (s->full)
+			return NULL;
+		next = same_next(s);
+		if (READ_ONCE(f->refs) >= most)
+			fill(h, s, most);
+		else if (frame_get_unless_zero(f)) /* 0: dying, it leaves the table as soon as we drop the lock */
+			return s;
+		s = next;
+	} while (s != first);
+	return NULL;
+}
+
 struct stable *stable_get(struct host *h, uint32_t domain, uint64_t hash, uint32_t most)
 {
 	struct stable *s;
@@ -192,13 +367,9 @@ struct stable *stable_get(struct host *h, uint32_t domain, uint64_t hash, uint32
 	if (READ_ONCE(h->stable_frames) == 0)
 		return NULL;
 	lock_take(&h->stable);
-	for (s = *bucket_of(h->stable_table, domain, hash); s; s = s->next) {
-		struct frame *f = pfn_frame(h->pool, s->pfn);
-
-		/* refs 0: dying, it leaves the table as soon as we drop the lock */
-		if (s->hash == hash && s->domain == domain && READ_ONCE(f->refs) < most && frame_get_unless_zero(f))
-			break;
-	}
+	s = leader_of(h, domain, hash);
+	if (s)
+		s = same_get(h, s, most);
 	lock_drop(&h->stable);
 	return s;
 }
@@ -231,20 +402,9 @@ void stable_prefetch(struct host *h, uint32_t domain, uint64_t hash)
 
 bool stable_is_stale(struct host *h, struct stable *s)
 {
-	uint64_t refs = READ_ONCE(pfn_frame(h->pool, s->pfn)->refs);
+	uint64_t refs = READ_ONCE(pfn_frame(h->pool, s->pfn)->refs), count = READ_ONCE(s->count);
 
-	return READ_ONCE(s->count) > 2 * refs + 8;
-}
-
-void stable_put(struct host *h, struct stable *s)
-{
-	struct frame *f = pfn_frame(h->pool, s->pfn);
-	pfn_t pfn = s->pfn;
-
-	if (atomic_fetch_sub_explicit(&f->refs, 1, memory_order_acq_rel) != 1)
-		return;
-	stable_die(h, pfn);
-	pool_release(h->pool, pfn, 0);
+	return count > 2 * refs + 8 && count > 2 * READ_ONCE(s->kept); /* else pruning would be for nothing once more */
 }
 
 static void stable_reclaim(struct defer_node *node, void *arg)
@@ -252,19 +412,38 @@ static void stable_reclaim(struct defer_node *node, void *arg)
 	stable_free(arg, container_of(node, struct stable, defer));
 }
 
-void stable_die(struct host *h, pfn_t pfn)
+static void stable_die(struct host *h, pfn_t pfn)
 {
 	struct stable *s = frame_stable(h->pool, pfn);
-	struct stable **at;
 
 	lock_take(&h->stable);
-	for (at = bucket_of(h->stable_table, s->domain, s->hash); *at != s; at = &(*at)->next)
-		;
-	*at = s->next;
+	same_del(h, s);
+	full_set(h, s, false);
 	h->stable_table->count--;
 	atomic_fetch_sub_explicit(&h->stable_frames, 1, memory_order_relaxed);
 	lock_drop(&h->stable);
 	defer_add(&h->env->defer, &s->defer, stable_reclaim, h);
+}
+
+bool stable_drop(struct host *h, pfn_t pfn)
+{
+	struct frame *f = pfn_frame(h->pool, pfn);
+
+	if (atomic_fetch_sub_explicit(&f->refs, 1, memory_order_seq_cst) == 1) {
+		stable_die(h, pfn);
+		return true;
+	}
+	if (unlikely(atomic_load_explicit(&f->bits, memory_order_seq_cst) & FRAME_FULL))
+		reopen(h, pfn);
+	return false;
+}
+
+void stable_put(struct host *h, struct stable *s)
+{
+	pfn_t pfn = s->pfn;
+
+	if (stable_drop(h, pfn))
+		pool_release(h->pool, pfn, 0);
 }
 
 void stable_each(struct host *h, void (*fn)(struct stable *s, void *arg), void *arg)
@@ -272,9 +451,16 @@ void stable_each(struct host *h, void (*fn)(struct stable *s, void *arg), void *
 	struct stable_table *t = h->stable_table;
 
 	lock_take(&h->stable);
-	for (uint64_t i = 0; i < t->buckets; i++)
-		for (struct stable *s = t->bucket[i]; s; s = s->next)
-			fn(s, arg);
+	for (uint64_t i = 0; i < t->buckets; i++) {
+		for (struct stable *first = t->bucket[i]; first; first = first->next) {
+			struct stable *s = first;
+
+			do {
+				fn(s, arg);
+				s = same_next(s);
+			} while (s != first);
+		}
+	}
 	lock_drop(&h->stable);
 }
 
@@ -307,6 +493,7 @@ void stable_prune(struct host *h, struct stable *s, bool (*keep)(struct host *h,
 	if (count && s->room == room && s->count == count && s->pruned == pruned) {
 		memcpy(s->chain, copy, n * sizeof(*copy));
 		WRITE_ONCE(s->count, n);
+		WRITE_ONCE(s->kept, n);
 		s->pruned++;
 	}
 	lock_drop(&h->stable);

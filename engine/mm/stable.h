@@ -14,6 +14,19 @@
  *      nothing any more are stale; they are pruned when the chain is longer than
  *      twice the references.
  *  S3  refs goes from 0 to 1 never: stable_get() fails on a dying frame.
+ *  S4  a frame that was found with as many users as may share one is "full" (FRAME_FULL), and stands
+ *      behind all others with its contents: a search ends at the first, so each is met full once, however many there are.
+ *      Whoever drops a reference of a full one moves it to the front. (KSM's chains of stable nodes, of which it
+ *      looks at each; Documentation/mm/ksm.rst)
+ *
+ *   bucket -> leader -> leader -> ...        by (domain, hash)
+ *               |
+ *             `same`: a ring of all with these contents, from the leader on: with room, ..., full, ...
+ *
+ *      search, host->stable held            drop (mm/table.c), no such lock
+ *      refs == most                         refs--
+ *      sets FRAME_FULL                      looks at FRAME_FULL: not there yet, or takes
+ *      looks at refs: still? to the end     host->stable and brings it to the front
  *
  * Locks: host->stable guards table and chains. Several changes may add to a chain at
  * once: each has reserved room for its own pairs before, which `promised` counts.
@@ -26,15 +39,22 @@
 #define STABLE_FIRST 5 /* pairs that need no memory of their own: the object fills two cache lines */
 
 struct stable {
-	struct stable *next; /* in its bucket */
 	pfn_t pfn;
 	uint64_t hash;
 	uint32_t domain;
 	uint32_t count, promised, room;
 	uint32_t pruned; /* how often */
+	uint32_t kept;   /* pairs that the last time has left */
 	bool fused; /* all entries that map it are (mm/fused.h) */
+	bool full;  /* S4; as FRAME_FULL of its frame */
 	uint64_t *chain; /* where-style pairs; at first `first` */
-	struct defer_node defer;
+	union {
+		struct {
+			struct stable *next, **at; /* leaders: in their bucket. Others: `at` is NULL */
+			struct list same;
+		};
+		struct defer_node defer; /* it has died */
+	};
 	uint64_t first[STABLE_FIRST];
 };
 _Static_assert(sizeof(struct stable) == 128, "one for each merged frame");
@@ -67,14 +87,32 @@ struct stable *stable_get_frame(struct host *h, uint32_t domain, pfn_t pfn, uint
 void stable_prefetch(struct host *h, uint32_t domain, uint64_t hash);
 /* Drops a reference of stable_get(); the last one releases the frame. */
 void stable_put(struct host *h, struct stable *s);
-/* The last entry is gone: out of the table; the object is freed after a grace period. */
-void stable_die(struct host *h, pfn_t pfn);
+/*
+ * A reference goes. True: it was the last one, the frame is out of the table and the caller's to release; the object is
+ * freed after a grace period.
+ */
+bool stable_drop(struct host *h, pfn_t pfn);
+/* More may share a frame from now on: none counts as full. */
+void stable_reopen_all(struct host *h);
+/* Contents that lie on more than one frame, and the number of those. */
+void stable_chains(struct host *h, uint64_t *chains, uint64_t *dups);
+/* Bytes of the table. */
+uint64_t stable_bytes(struct host *h);
 /* Calls fn for every stable frame. host->stable is held: fn takes no lock. */
 void stable_each(struct host *h, void (*fn)(struct stable *s, void *arg), void *arg);
 /* Its chain is mostly of pairs that find nothing any more. The caller has a reference. */
 bool stable_is_stale(struct host *h, struct stable *s);
 /* Keeps the pairs for which keep() says so, once each; unless the chain grows meanwhile. The caller has a reference. */
 void stable_prune(struct host *h, struct stable *s, bool (*keep)(struct host *h, uint64_t where, pfn_t pfn));
+
+/* A level-0 entry that merging has made. While it stands. Of a fused one the frame is not looked at (mm/fused.h, H3). */
+static inline bool entry_merged(const struct pool *pool, entry_t e)
+{
+	if (!entry_is_leaf(e) || entry_is_fused(e))
+		return entry_is_fused(e);
+	return e & ENTRY_SPECIAL ? pfn_is_zero(entry_pfn(e)) :
+				   frame_kind(pfn_frame(pool, entry_pfn(e))) == FRAME_STABLE;
+}
 
 static inline struct stable *frame_stable(const struct pool *pool, pfn_t pfn)
 {

@@ -184,10 +184,8 @@ void frame_drop(struct host *h, pfn_t pfn, struct dead *dead)
 	struct frame *f = pfn_frame(h->pool, pfn);
 
 	if (frame_kind(f) == FRAME_STABLE) {
-		if (atomic_fetch_sub_explicit(&f->refs, 1, memory_order_acq_rel) == 1) {
-			stable_die(h, pfn);
+		if (stable_drop(h, pfn))
 			dead_add(h->pool, dead, pfn, 0);
-		}
 		return;
 	}
 	if (refs_add(f, -1) == 0 && !(frame_kind(f) == FRAME_HOME && block_covers(h->pool, pfn)))

@@ -13,6 +13,7 @@ static void add_counters(const struct mm_counters *c, struct kage_stats *out)
 #define X(name) out->name += atomic_load_explicit(&c->name, memory_order_relaxed);
 	X(faults) X(faults_spurious) X(faults_retried) X(cow_breaks) X(cow_reused) X(tables_unshared)
 	X(blocks_split) X(changes) X(changes_raced) X(clones) X(pages_discarded) X(ksm_merges) X(ksm_unmerges)
+	X(ksm_cow_breaks)
 #undef X
 }
 
@@ -125,12 +126,24 @@ static uint64_t count_unshared(struct mm *mm)
 	return unshared;
 }
 
-/* mm->merge lives as long as the guest, which the caller keeps from being destroyed. */
-void obs_guest(struct mm *mm, struct kage_stats *out)
+/* It lives as long as the guest, which the caller keeps from being destroyed. */
+static struct merge_mm *merge_of(struct merge *m, const struct mm *mm)
 {
-	struct merge_mm *g = mm->merge;
+	struct merge_mm *g;
+
+	lock_take(&m->lock);
+	g = mm->merge;
+	lock_drop(&m->lock);
+	return g;
+}
+
+void obs_guest(struct mm *mm, struct merge *m, struct kage_stats *out)
+{
+	struct merge_mm *g = merge_of(m, mm);
 
 	add_guest_figures(mm, out);
+	out->ksm_bytes = merge_mm_bytes(m, mm);
+	out->ksm_general_profit -= (int64_t)out->ksm_bytes;
 	if (g) {
 		out->ksm_pages_volatile = READ_ONCE(g->volatiles_last);
 		out->ksm_pages_skipped = READ_ONCE(g->skipped_last);
@@ -183,6 +196,8 @@ static void add_merge(struct host *h, struct merge *m, struct kage_stats *out)
 	struct sharing sh = { .h = h };
 
 	stable_each(h, add_stable, &sh);
+	stable_chains(h, &out->ksm_stable_chains, &out->ksm_stable_dups);
+	out->ksm_bytes += sh.chain + stable_bytes(h);
 	out->ksm_pages_shared = sh.shared;
 	out->ksm_pages_sharing = sh.sharing;
 	out->ksm_zero_pages = out->pages_zero;
@@ -193,8 +208,7 @@ static void add_merge(struct host *h, struct merge *m, struct kage_stats *out)
 	out->ksm_pages_scanned = atomic_load(&m->scanned);
 	out->ksm_pages_backed_off = atomic_load(&m->backed_off);
 	out->ksm_chunk_visits = atomic_load(&m->visits);
-	out->ksm_general_profit = (int64_t)((sh.sharing + out->pages_zero) * PAGE_SIZE) - (int64_t)sh.chain -
-				  (int64_t)(READ_ONCE(m->candidates.slots) * sizeof(struct candidate));
+	out->ksm_general_profit = (int64_t)((sh.sharing + out->pages_zero) * PAGE_SIZE) - (int64_t)out->ksm_bytes;
 }
 
 static void add_pool(struct host *h, struct kage_stats *out)

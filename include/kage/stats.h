@@ -57,8 +57,9 @@ struct kage_stats {
 	uint64_t ksm_full_scans;
 	uint64_t ksm_pages_scanned;  /**< pages whose contents were read */
 	uint64_t ksm_merges;         /**< merges done, ever */
-	uint64_t ksm_unmerges;       /**< merged pages broken or unmerged, ever */
-	int64_t ksm_general_profit;  /**< bytes: saved minus what merging's own structures take */
+	uint64_t ksm_unmerges;       /**< merged pages that UNMERGEABLE gave a frame of their own, ever; of ksm_cow_breaks */
+	/** Bytes: saved (sharing and zero pages) minus ksm_bytes. A guest: as if others had the shared frames (ksm_process_profit) */
+	int64_t ksm_general_profit;
 
 	/* shadow tables */
 	uint64_t shadow_pages;
@@ -82,6 +83,10 @@ struct kage_stats {
 	/* merging, continued */
 	uint64_t ksm_pages_backed_off;  /**< left alone by the last pass: they keep changing (KSM's smart scan: skipped) */
 	uint64_t ksm_chunk_visits;      /**< times that the state of 128 MiB was gone through, ever: none where nothing was written */
+	uint64_t ksm_cow_breaks;        /**< merged pages that got a frame of their own again, whatever for (vmstat: cow_ksm), ever */
+	uint64_t ksm_stable_chains;     /**< contents on more than one stable frame: max_sharing pages and more have them */
+	uint64_t ksm_stable_dups;       /**< stable frames of such contents */
+	uint64_t ksm_bytes;             /**< what merging remembers: records of frames, candidates, state of guests' pages, their logs */
 };
 
 /**

@@ -77,7 +77,7 @@ FIRST(kage_flush, 32);
 FIRST(kage_tlb_layout, 48);
 FIRST(kage_dirty_config, 16);
 SIZE(kage_dirty_run, 16);
-FIRST(kage_stats, 368);
+FIRST(kage_stats, 400);
 AT(kage_stats, pages_nominal, 8);
 AT(kage_stats, faults, 104);
 AT(kage_stats, ksm_pages_shared, 200);

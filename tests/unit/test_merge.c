@@ -468,6 +468,31 @@ START_TEST(written_meanwhile)
 }
 END_TEST
 
+/* A candidate that is pinned stands in nobody's way, and is a candidate again when it is not. */
+START_TEST(pinned_candidates_are_passed_over)
+{
+	a = guest(8, KAGE_REGION_NOHUGE);
+	b = guest(8, KAGE_REGION_NOHUGE);
+	put(a, 3, 77);
+	pass();
+	pass();
+	ck_assert_uint_eq(stats(NULL).ksm_pages_unshared, 1);
+	pin_page(a);
+	put(b, 0, 77);
+	put(b, 1, 77);
+	pass();
+	ck_assert_uint_eq(pass().pages_merged, 1); /* b's, with one another */
+	ck_assert_uint_eq(stats(NULL).ksm_pages_unshared, 0);
+	ck_assert_uint_eq(stats(NULL).ksm_pages_skipped, 1);
+	ok(kage_vm_unpin(a, 3 * PAGE, PAGE));
+	ck_assert_uint_eq(pass().pages_merged, 1);
+	ck_assert_uint_eq(stats(NULL).frames_used, 1);
+	audit();
+	holds(a, 3, 77);
+	holds(b, 1, 77);
+}
+END_TEST
+
 static int destroyed_at_start;
 
 static void destroy_a(const struct kage_range *range)
@@ -684,6 +709,7 @@ int main(void)
 	tcase_add_checked_fixture(races, setup, teardown);
 	tcase_add_test(races, candidate_pinned_meanwhile);
 	tcase_add_test(races, pinned_meanwhile);
+	tcase_add_test(races, pinned_candidates_are_passed_over);
 	tcase_add_loop_test(races, discarded_meanwhile, 0, 2);
 	tcase_add_test(races, unmapped_meanwhile);
 	tcase_add_test(races, unmergeable_meanwhile);

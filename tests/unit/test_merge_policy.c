@@ -406,6 +406,44 @@ START_TEST(sharers_beyond_the_limit)
 }
 END_TEST
 
+/* Ten thousand frames with the same contents: the full ones are not gone through for each page. Any of them takes one more. */
+START_TEST(many_frames_of_one_content)
+{
+	enum { N = 20000 };
+	struct kage_vm *vm = guest(N + 2, KAGE_REGION_MERGEABLE);
+	struct kage_stats s;
+
+	tune(2, 0, 0, 0, 0);
+	for (unsigned i = 0; i < N; i++)
+		put(vm, i, 3);
+	step(0, 0);
+	is(step(0, 0).pages_merged, N / 2);
+	s = stats(NULL);
+	is(s.ksm_pages_shared, N / 2);
+	is(s.ksm_pages_sharing, N / 2);
+	is(s.ksm_stable_chains, 1);
+	is(s.ksm_stable_dups, N / 2);
+	for (unsigned i = 0; i < N; i += 400) /* one place comes free in each of fifty frames, or two in some */
+		put(vm, i, 4);
+	is(stats(NULL).ksm_cow_breaks, 50);
+	for (unsigned i = 0; i < N; i += 400)
+		put(vm, i, 3);
+	step(0, 0);
+	is(step(0, 0).pages_merged, 50);
+	s = stats(NULL);
+	is(s.ksm_pages_shared, N / 2);
+	is(s.ksm_pages_sharing, N / 2);
+	tune(8, 0, 0, 0, 0); /* those that were full are not any more */
+	put(vm, N, 3);
+	put(vm, N + 1, 3);
+	step(0, 0);
+	is(step(0, 0).pages_merged, 2);
+	is(stats(NULL).ksm_pages_shared, N / 2);
+	is(stats(NULL).ksm_stable_dups, N / 2);
+	is(kage_vm_destroy(vm), 0);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("merge-policy");
@@ -426,6 +464,7 @@ int main(void)
 	tcase_add_test(tc, idle_memory_costs_nothing);
 	tcase_add_test(tc, idle_memory_is_not_forgotten);
 	tcase_add_test(tc, sharers_beyond_the_limit);
+	tcase_add_test(tc, many_frames_of_one_content);
 	suite_add_tcase(suite, tc);
 	runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);
