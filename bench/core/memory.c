@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What a guest takes beside its memory: primary tables, frame metadata and the
- * engine's objects, with every entry present, as a share of the guest's memory.
- * Then what a clone and a vCPU take.
+ * What a guest takes beside its memory: primary tables, frame metadata and
+ * objects, with every entry present, as a share of the guest's memory; an engine
+ * without guests has a row of its own. Then what a clone and a vCPU take.
  *
  * Linux pays 64 bytes of struct page for each 4 KiB (not optimised away for ordinary
  * memory, huge or not) and page tables: 8 bytes for each 4 KiB, or 8 for each 2 MiB and
@@ -40,15 +40,29 @@ static struct linux_cost linux_tables(const struct bench *b, uint64_t bytes, boo
 	return c;
 }
 
+/* An engine without guests. */
+static double engine_bytes(void)
+{
+	struct guest g = guest_counted(PAGE, 0);
+	double bytes;
+
+	must(kage_vm_destroy(g.vm), "destroy guest");
+	guest_settle(&g);
+	bytes = (double)heap_bytes();
+	must(kage_engine_destroy(g.engine), "destroy engine");
+	return bytes;
+}
+
 static void metadata_row(const struct bench *b, const char *name, uint64_t bytes, bool block)
 {
+	double engine = engine_bytes();
 	uint64_t size = bench_size(b, bytes);
 	struct guest g = guest_counted(size, block ? 0 : KAGE_REGION_NOHUGE);
 	struct linux_cost theirs = linux_tables(b, size, block);
 	uint64_t entries = guest_present(&g);
 	struct kage_stats s = guest_stats(&g, NULL);
 	double tables = (double)(s.frames_table * PAGE), metadata = (double)s.bytes_metadata;
-	double objects = (double)heap_bytes();
+	double objects = (double)heap_bytes() - engine;
 	struct row row = {
 	    .suite = "memory", .name = name, .unit = "%", .goal = GOAL_MOST, .limit = block ? 0.05 : 0.6};
 
@@ -158,6 +172,7 @@ static void per_vcpu_rows(struct guest *g)
 
 void bench_memory(const struct bench *b)
 {
+	struct row row = {.suite = "memory", .name = "per-engine", .unit = "KiB"};
 	struct guest g;
 
 	metadata_row(b, "metadata-4k-1g", GIB, false);
@@ -166,7 +181,10 @@ void bench_memory(const struct bench *b)
 	metadata_row(b, "metadata-block-1g", GIB, true);
 	metadata_row(b, "metadata-block", 16 * GIB, true);
 	metadata_row(b, "metadata-block-256g", 256 * GIB, true);
-	g = guest_counted(bench_size(b, 16 * GIB), KAGE_REGION_NOHUGE);
+	row.value = engine_bytes() / 1024;
+	row_note(&row, "objects of an engine without guests, whatever its guests' size");
+	report_row(&row);
+	g = guest_counted(bench_size(b, GIB), KAGE_REGION_NOHUGE);
 	guest_present(&g);
 	per_clone_rows(&g);
 	per_vcpu_rows(&g);
