@@ -340,6 +340,14 @@ static void act(struct worker *w, struct binding *b)
 		point_slot(w, b, rng_below(&w->rng, SLOTS_EACH), rng_below(&w->rng, STAMPS_PAGES));
 }
 
+/* The others learn of what has been done since the last time. */
+static void tell(struct worker *w)
+{
+	atomic_fetch_add(&world.loads, w->loads);
+	atomic_fetch_add(&world.stores, w->stores);
+	w->loads = w->stores = 0;
+}
+
 void *worker_thread(void *arg)
 {
 	struct worker w = {.id = (uintptr_t)arg, .rng = rng_seed(world.seed + (uintptr_t)arg)};
@@ -357,11 +365,12 @@ void *worker_thread(void *arg)
 
 		if (n % 64 == 0)
 			next_turn(&w, b);
+		if (n % 1024 == 0)
+			tell(&w);
 		act(&w, b);
 	}
 	for (unsigned i = 0; i < GUESTS; i++)
 		kage_vcpu_destroy(w.b[i].vcpu);
-	atomic_fetch_add(&world.loads, w.loads);
-	atomic_fetch_add(&world.stores, w.stores);
+	tell(&w);
 	return NULL;
 }
