@@ -293,7 +293,7 @@ int chunk_visit(struct scanner *s, const struct work *w)
 /* Up to `limit` pages of an open chunk, 2 MiB at a time. Returns the number it spent, or -errno. */
 int64_t chunk_batch(struct scanner *s, struct merge_chunk *c, uint64_t limit)
 {
-	uint64_t spent = 0, later = 0;
+	uint64_t spent = 0, later = 0, left = 0;
 	int r = 0;
 
 	for (unsigned w = 0; w < MERGE_CHUNK_WORDS; w += GROUP_WORDS) {
@@ -326,6 +326,8 @@ int64_t chunk_batch(struct scanner *s, struct merge_chunk *c, uint64_t limit)
 		if (r)
 			return r;
 	}
-	c->open = false;
+	for (unsigned i = MERGE_CHUNK_WORDS - GROUP_WORDS; i < MERGE_CHUNK_WORDS; i++)
+		left |= c->todo[i]; /* the limit may have come within the last group */
+	c->open = left != 0;
 	return (int64_t)spent;
 }
