@@ -105,7 +105,7 @@ START_TEST(bad_settings)
 {
 	static const struct kage_tune bad[] = {
 		{.cpu_share = 10001}, {.scan_msec = 86400001}, {.min_pages = 65, .max_pages = 64}, {.max_sharing = 1},
-		{.backoff = 101}, {.reserved = 1}, {.flags = 4},
+		{.backoff = 101}, {.flags = 4},
 	};
 
 	for (unsigned i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
