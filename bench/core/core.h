@@ -3,10 +3,13 @@
  * The parts of kage-bench-core, beside ../common.
  *
  *   guest.c     engines, guests, raw pointers, guest page tables
- *   translate.c TLB hits and warm misses against raw accesses
+ *   translate.c TLB hits and misses against raw accesses and Unicorn; access.c: the accesses
+ *   tables.c    shadow misses, context switches, changes of guest tables
+ *   unicorn.c   that peer, and asm.c its guest code
  *   twin.c      a process with as much memory as a guest: fork(), /proc
  *   clone.c     clone, first write after, un-share; idle.c: what a clone takes
  *   cow.c       COW break against the kernel's
+ *   touch.c     first touch and protection, map.c regions, threads.c two threads at once
  *   storm.c     retries while unrelated ranges change
  *   dirty.c     harvests, and what tracking costs; scan.c: the kernel's ways
  *   memory.c    what a mapped guest takes
@@ -41,8 +44,14 @@ struct kage_stats guest_stats(const struct guest *g, struct kage_vm *vm);
 /* The guest's memory at gpa 0 as one host range. It is pinned until guest_unraw(). */
 char *guest_raw(const struct guest *g, uint64_t bytes);
 void guest_unraw(const struct guest *g, uint64_t bytes);
-/* Builds 4-level tables that map [gva, gva + bytes) to gpa 0 by 4 KiB pages; they lie at `tables`. */
-void guest_tables(const struct guest *g, uint64_t gva, uint64_t bytes, uint64_t tables);
+/* What 4-level guest tables map: [gva, gva + bytes), gva at a border of 512 GiB, to gpa. */
+struct guest_map {
+	uint64_t gva, gpa, bytes;
+	uint64_t tables; /* gpa of the tables: root, next level, then those of levels 1 and 0, which follow each other */
+	bool large;	 /* by pages of 2 MiB */
+};
+/* Builds them: writable, user, accessed, dirty. Returns the number of leaf entries. */
+uint64_t guest_tables(const struct guest *g, struct guest_map m);
 struct kage_vcpu *vcpu_flat(struct kage_vm *vm, unsigned tlb_bits); /* 0: the default */
 /* Long mode, CPL 3, CR3 = tables. */
 struct kage_vcpu *vcpu_paged(struct kage_vm *vm, uint64_t tables, unsigned tlb_bits);
@@ -86,7 +95,11 @@ double own_kib(const char *file, const char *name);
 void bench_translate(const struct bench *b);
 void bench_clone(const struct bench *b);
 void idle_row(const struct bench *b, struct twin *twin); /* of clone; idle.c */
-void bench_cow(const struct bench *b);
+void bench_cow(const struct bench *b); /* of fault, as the next three */
+void bench_touch(const struct bench *b);
+void bench_map(const struct bench *b);
+void bench_threads(const struct bench *b);
+void bench_tables(const struct bench *b); /* of translate */
 void bench_dirty(const struct bench *b);
 void bench_memory(const struct bench *b);
 void bench_scale(const struct bench *b);

@@ -5,10 +5,15 @@
  * mapping of a memfd (fresh for each repetition), and anonymous memory after
  * fork(), both of 4 KiB pages.
  *
+ * "-2": another vCPU of the clone reads pages at random meanwhile, on a thread of
+ * its own, so that breaks have to wait until it uses a page no more.
+ *
  * Recycled pool: the arena was filled by an earlier clone, which was destroyed,
  * and a step took the frames back. Its reserve is set so that steps keep them.
  * Empty pool: the engine is new, so the time includes populating every frame.
  */
+#include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -24,6 +29,10 @@ struct cow {
 	uint32_t flags;
 	uint64_t reserve;
 	bool random, fresh;
+	bool beside; /* a second vCPU runs */
+	_Atomic bool stop;
+	_Atomic uint64_t reads, wrong; /* by it */
+	struct kage_vm *clone;
 	struct host_memory memfd, anon;
 	uint64_t round;
 };
@@ -59,6 +68,50 @@ static bool holds(const struct cow *c, struct kage_vm *vm, uint64_t key)
 	return wrong == 0;
 }
 
+/* What a page holds is its first key or, once broken, that of the round. */
+static void *read_beside(void *arg)
+{
+	struct cow *c = arg;
+	struct kage_vcpu *v = vcpu_flat(c->clone, 0);
+	uint64_t key = c->round + 1;
+
+	for (uint64_t i = 0; !c->stop; i++) {
+		kage_vcpu_enter(v);
+		for (unsigned n = 0; n < 64 && !kage_vcpu_wanted(v); n++) {
+			uint64_t at = mix(i * 64 + n) % c->pages * PAGE, seen = 0;
+
+			must(kage_vcpu_load(v, at, &seen, 8, NULL), "load");
+			c->wrong += seen != at + 1 && seen != at + key;
+		}
+		kage_vcpu_leave(v);
+		c->reads++;
+	}
+	kage_vcpu_destroy(v);
+	return NULL;
+}
+
+static void beside_start(struct cow *c, struct kage_vm *clone, pthread_t *thread)
+{
+	c->clone = clone;
+	c->stop = false;
+	c->reads = c->wrong = 0;
+	must(-pthread_create(thread, NULL, read_beside, c), "thread");
+	while (c->reads < 8)
+		sched_yield();
+}
+
+static double break_all(const struct cow *c, struct kage_vcpu *v, uint64_t key)
+{
+	double ns = cpu_ns();
+
+	for (uint64_t i = 0; i < c->pages; i++) {
+		uint64_t at = place(c, i), value = at + key;
+
+		must(kage_vcpu_store(v, at, &value, 8, NULL), "store");
+	}
+	return cpu_ns() - ns;
+}
+
 static double sample_kage(void *arg)
 {
 	struct cow *c = arg;
@@ -66,16 +119,19 @@ static double sample_kage(void *arg)
 	struct kage_vm *clone = must_clone(g.vm);
 	struct kage_vcpu *v = vcpu_flat(clone, 0);
 	uint64_t breaks = guest_stats(&g, NULL).cow_breaks, key = ++c->round + 1;
-	double ns = cpu_ns();
+	pthread_t thread;
+	double ns;
 	bool ok;
 
-	for (uint64_t i = 0; i < c->pages; i++) {
-		uint64_t at = place(c, i), value = at + key;
-
-		must(kage_vcpu_store(v, at, &value, 8, NULL), "store");
+	if (c->beside)
+		beside_start(c, clone, &thread);
+	ns = break_all(c, v, key);
+	if (c->beside) {
+		c->stop = true;
+		pthread_join(thread, NULL);
 	}
-	ns = cpu_ns() - ns;
-	ok = guest_stats(&g, NULL).cow_breaks - breaks == c->pages && holds(c, clone, key) && holds(c, g.vm, 1);
+	ok = c->wrong == 0 && guest_stats(&g, NULL).cow_breaks - breaks == c->pages && holds(c, clone, key) &&
+	     holds(c, g.vm, 1);
 	kage_vcpu_destroy(v);
 	must(kage_vm_destroy(clone), "destroy clone");
 	guest_settle(&g);
@@ -145,7 +201,7 @@ static void cow_row(const struct bench *b, struct cow *c, const char *name, bool
 			  .peer = fork ? "anonymous memory after fork()" : "MAP_PRIVATE of a memfd"};
 	struct turns t;
 
-	row.goal = fork || c->fresh ? GOAL_NONE : GOAL_RATIO;
+	row.goal = fork || c->fresh || c->beside ? GOAL_NONE : GOAL_RATIO;
 	row.limit = 2.5;
 	row_note(&row, "%s", note);
 	if (fork)
@@ -166,12 +222,15 @@ void bench_cow(const struct bench *b)
 	uint64_t bytes = b->smoke ? 8 * MIB : b->quick ? 256 * MIB : GIB;
 	struct cow c = {.bytes = bytes, .pages = bytes / PAGE, .reserve = KEEP};
 
-	cow_row(b, &c, "cow-break", false,
-		"in order, mapped by blocks, recycled pool, one vCPU running");
+	cow_row(b, &c, "cow-break", false, "in order, mapped by blocks, recycled pool, one vCPU running");
 	cow_row(b, &c, "cow-break-fork", true, "the same against fork()");
 	c.random = true;
 	cow_row(b, &c, "cow-break-random", false, "pages in random order");
 	c.random = false;
+	c.beside = true;
+	cow_row(b, &c, "cow-break-2", false,
+		"in order, while another vCPU of the clone reads pages at random");
+	c.beside = false;
 	c.flags = KAGE_REGION_NOHUGE;
 	cow_row(b, &c, "cow-break-4k", false, "in order, mapped in 4 KiB pieces");
 	c = (struct cow){.bytes = bytes, .pages = bytes / PAGE, .fresh = true};

@@ -126,19 +126,25 @@ static void put_entry(const struct guest *g, uint64_t table, uint64_t gva, unsig
 	must(kage_vm_write(g->vm, slot, &entry, 8), "guest table");
 }
 
-void guest_tables(const struct guest *g, uint64_t gva, uint64_t bytes, uint64_t tables)
+uint64_t guest_tables(const struct guest *g, struct guest_map m)
 {
-	uint64_t leaf = tables + 3 * PAGE;
+	uint64_t pds = m.tables + 2 * PAGE, pts = pds + (m.bytes + GIB - 1) / GIB * PAGE, n = 0;
 
-	put_entry(g, tables, gva, 3, tables + PAGE);
-	put_entry(g, tables + PAGE, gva, 2, tables + 2 * PAGE);
-	for (uint64_t at = 0; at < bytes; at += PAGE) {
-		uint64_t table = leaf + (at >> 21) * PAGE;
+	put_entry(g, m.tables, m.gva, 3, m.tables + PAGE);
+	for (uint64_t at = 0; at < m.bytes; at += m.large ? 2 * MIB : PAGE, n++) {
+		uint64_t pd = pds + at / GIB * PAGE, pt = pts + at / (2 * MIB) * PAGE;
 
+		if (at % GIB == 0)
+			put_entry(g, m.tables + PAGE, m.gva + at, 2, pd);
+		if (m.large) {
+			put_entry(g, pd, m.gva + at, 1, (m.gpa + at) | 0xc0); /* dirty, large */
+			continue;
+		}
 		if (at % (2 * MIB) == 0)
-			put_entry(g, tables + 2 * PAGE, gva + at, 1, table);
-		put_entry(g, table, gva + at, 0, at);
+			put_entry(g, pd, m.gva + at, 1, pt);
+		put_entry(g, pt, m.gva + at, 0, m.gpa + at);
 	}
+	return n;
 }
 
 struct kage_vcpu *vcpu_flat(struct kage_vm *vm, unsigned tlb_bits)

@@ -10,10 +10,18 @@
 
 #include "core.h"
 
+static void bench_fault(const struct bench *b)
+{
+	bench_touch(b);
+	bench_cow(b);
+	bench_threads(b);
+	bench_map(b);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct suite suites[] = {
-	    {"translate", bench_translate}, {"clone", bench_clone},   {"fault", bench_cow},
+	    {"translate", bench_translate}, {"clone", bench_clone},   {"fault", bench_fault},
 	    {"dirty", bench_dirty},	    {"memory", bench_memory}, {"scale", bench_scale},
 	};
 

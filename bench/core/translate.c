@@ -1,279 +1,21 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Loads and stores of a soft vCPU against the same accesses through a host
- * pointer to the same memory.
- *
- * Throughput rows compute each address from a counter; dependent rows follow a
- * cycle of pointers (and, to store, write beside each pointer). Loads are
- * compared with what the address must hold, stores are read back through the
- * host pointer, after each timed run. Each run goes on where the last one
- * stopped, so that a working set larger than the cache is not found there.
- *
- * Modes: the raw pointer; one window of use an access; kage_vcpu_enter() and
- * kage_vcpu_leave() around 1,024 accesses, polling kage_vcpu_wanted() every 8.
+ * Accesses that the TLB answers, or the shadow tables, by working set; against
+ * the same accesses through a host pointer, and Unicorn's where the goals name it.
  */
+#include <errno.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
-#include "core.h"
+#include "access.h"
 
-#define ALWAYS	  static inline __attribute__((always_inline))
-#define DATA	  (64 * MIB)
-#define GVA_PAGED ((uint64_t)1 << 46)
-#define STEP	  (8 * 331) /* visits every word of the set; mostly another page each time */
-#define BLOCK	  1024
-
-enum mode { RAW, EACH, ENTER };
-enum op { LOAD, STORE, FETCH };
-enum shape { STRIDE, RANDOM, PAGES, SHAPES }; /* PAGES: one line in each page, pages at random */
-
-struct lane {
-	char *raw;
-	struct kage_vcpu *v;
-	uint64_t gva;	/* of offset 0 */
-	uint64_t bytes; /* of the working set, a power of two */
-	uint64_t at;	/* counter, or offset of the next pointer */
-	uint64_t key;	/* of the last run of stores */
-	int bad;	/* an access that did not succeed */
-};
-
-ALWAYS uint64_t page_line(uint64_t page)
-{
-	return page * PAGE + (page * 7 % 64) * 64;
-}
-
-ALWAYS uint64_t offset_of(const struct lane *l, enum shape shape, uint64_t i)
-{
-	if (shape == STRIDE)
-		return i * STEP & (l->bytes - 1);
-	if (shape == RANDOM)
-		return mix(i) & (l->bytes - 8);
-	return page_line(mix(i) & (l->bytes / PAGE - 1));
-}
-
-static uint64_t content_of(uint64_t offset)
-{
-	return offset * 0x2545f4914f6cdd1du + 1;
-}
-
-ALWAYS uint64_t get(struct lane *l, enum mode mode, enum op op, uint64_t offset)
-{
-	uint64_t v = 0;
-	int r;
-
-	if (mode == RAW)
-		return *(const volatile uint64_t *)(l->raw + offset);
-	if (op == FETCH)
-		r = kage_vcpu_fetch(l->v, l->gva + offset, &v, 8, NULL);
-	else
-		r = kage_vcpu_load(l->v, l->gva + offset, &v, 8, NULL);
-	if (unlikely(r))
-		l->bad = r;
-	return v;
-}
-
-ALWAYS void put(struct lane *l, enum mode mode, uint64_t offset, uint64_t v)
-{
-	int r;
-
-	if (mode == RAW) {
-		*(volatile uint64_t *)(l->raw + offset) = v;
-		return;
-	}
-	r = kage_vcpu_store(l->v, l->gva + offset, &v, 8, NULL);
-	if (unlikely(r))
-		l->bad = r;
-}
-
-/* The block of work between two polls. */
-ALWAYS uint64_t eight(struct lane *l, enum mode mode, enum op op, enum shape shape, uint64_t i)
-{
-	uint64_t sum = 0;
-
-	for (unsigned u = 0; u < 8; u++) {
-		uint64_t offset = offset_of(l, shape, i + u);
-
-		if (op == STORE)
-			put(l, mode, offset, offset ^ l->key);
-		else
-			sum += get(l, mode, op, offset);
-	}
-	return sum;
-}
-
-ALWAYS uint64_t eight_dependent(struct lane *l, enum mode mode, enum op op)
-{
-	uint64_t sum = 0;
-
-	for (unsigned u = 0; u < 8; u++) {
-		l->at = get(l, mode, op, l->at);
-		if (op == STORE)
-			put(l, mode, l->at + 8, l->at ^ l->key);
-		else
-			sum += l->at;
-	}
-	return sum;
-}
-
-ALWAYS uint64_t loop(struct lane *lane, enum mode mode, enum op op, enum shape shape, bool dependent,
-		     uint64_t n)
-{
-	struct lane l = *lane; /* in registers */
-	uint64_t sum = 0;
-
-	for (uint64_t done = 0; done < n; done += BLOCK) {
-		if (mode == ENTER)
-			kage_vcpu_enter(l.v);
-		for (unsigned i = 0; i < BLOCK; i += 8) {
-			sum +=
-			    dependent ? eight_dependent(&l, mode, op) : eight(&l, mode, op, shape, l.at + i);
-			if (mode == ENTER && unlikely(kage_vcpu_wanted(l.v))) {
-				kage_vcpu_leave(l.v);
-				kage_vcpu_enter(l.v);
-			}
-		}
-		if (!dependent)
-			l.at += BLOCK;
-		if (mode == ENTER)
-			kage_vcpu_leave(l.v);
-	}
-	*lane = l;
-	return sum;
-}
-
-#define BY_SHAPE(mode, op)                                                                                   \
-	do {                                                                                                 \
-		if (dependent)                                                                               \
-			return loop(l, mode, op, PAGES, true, n);                                            \
-		if (shape == STRIDE)                                                                         \
-			return loop(l, mode, op, STRIDE, false, n);                                          \
-		return shape == RANDOM ? loop(l, mode, op, RANDOM, false, n)                                 \
-				       : loop(l, mode, op, PAGES, false, n);                                 \
-	} while (0)
-
-#define BY_MODE(name, op)                                                                                    \
-	static __attribute__((noinline)) uint64_t name(struct lane *l, enum mode mode, enum shape shape,     \
-						       bool dependent, uint64_t n)                           \
-	{                                                                                                    \
-		if (mode == RAW)                                                                             \
-			BY_SHAPE(RAW, op);                                                                   \
-		if (mode == EACH)                                                                            \
-			BY_SHAPE(EACH, op);                                                                  \
-		BY_SHAPE(ENTER, op);                                                                         \
-	}
-
-BY_MODE(run_load, LOAD)
-BY_MODE(run_store, STORE)
-BY_MODE(run_fetch, FETCH)
-
-/* -- what the runs must have found ------------------------------------------------- */
-
-static uint64_t expected_sum(const struct lane *l, enum shape shape, uint64_t from, uint64_t n)
-{
-	uint64_t sum = 0;
-
-	for (uint64_t i = from; i < from + n; i++)
-		sum += content_of(offset_of(l, shape, i));
-	return sum;
-}
-
-static uint64_t expected_walk(const struct lane *l, uint64_t from, uint64_t n)
-{
-	uint64_t sum = 0;
-
-	while (n--) {
-		from = *(const uint64_t *)(l->raw + from);
-		sum += from;
-	}
-	return sum;
-}
-
-static bool stores_arrived(const struct lane *l, enum shape shape, bool dependent, uint64_t from, uint64_t n)
-{
-	uint64_t offset = from, wrong = 0;
-
-	for (uint64_t i = from; i < from + n; i++) {
-		if (dependent)
-			offset = *(const uint64_t *)(l->raw + offset);
-		else
-			offset = offset_of(l, shape, i);
-		wrong += *(const uint64_t *)(l->raw + offset + (dependent ? 8 : 0)) != (offset ^ l->key);
-	}
-	return wrong == 0;
-}
+#define DATA	    (64 * MIB)
+#define CODE	    (2 * MIB) /* of Unicorn */
+#define TABLES	    (2 * MIB)
+#define GUEST_BYTES (DATA + CODE + TABLES)
+#define FAR	    (4 * GIB)
+#define GVA_PAGED   ((uint64_t)1 << 46)
 
 /* -- rows ------------------------------------------------------------------------------ */
-
-struct work {
-	struct lane *lane;
-	enum mode mode;
-	enum op op;
-	enum shape shape;
-	bool dependent;
-	uint64_t n;
-};
-
-static double sample(void *arg)
-{
-	struct work *w = arg;
-	struct lane *l = w->lane;
-	uint64_t from = l->at, sum;
-	double ns;
-	bool ok;
-
-	l->key = mix(l->key + 1);
-	l->bad = 0;
-	ns = cpu_ns();
-	if (w->op == LOAD)
-		sum = run_load(l, w->mode, w->shape, w->dependent, w->n);
-	else if (w->op == STORE)
-		sum = run_store(l, w->mode, w->shape, w->dependent, w->n);
-	else
-		sum = run_fetch(l, w->mode, w->shape, w->dependent, w->n);
-	ns = cpu_ns() - ns;
-	if (w->op == STORE)
-		ok = stores_arrived(l, w->shape, w->dependent, from, w->n);
-	else if (w->dependent)
-		ok = sum == expected_walk(l, from, w->n);
-	else
-		ok = sum == expected_sum(l, w->shape, from, w->n);
-	return ok && !l->bad ? ns / (double)w->n : -1;
-}
-
-static uint64_t node_offset(enum shape shape, uint64_t node)
-{
-	return shape == PAGES ? page_line(node) : node * 64;
-}
-
-/* One cycle through all nodes in random order (Sattolo's algorithm); a node holds the offset of the next. */
-static void fill_cycle(struct lane *l, enum shape shape)
-{
-	uint64_t n = shape == PAGES ? l->bytes / PAGE : l->bytes / 64;
-	uint32_t *order = must_map(malloc(n * sizeof(*order)), "malloc");
-
-	for (uint64_t i = 0; i < n; i++)
-		order[i] = (uint32_t)i;
-	for (uint64_t i = n - 1; i > 0; i--) {
-		uint64_t j = mix(i * 2 + 1) % i;
-		uint32_t swap = order[i];
-
-		order[i] = order[j];
-		order[j] = swap;
-	}
-	for (uint64_t i = 0; i < n; i++)
-		*(uint64_t *)(l->raw + node_offset(shape, order[i])) = node_offset(shape, order[(i + 1) % n]);
-	free(order);
-}
-
-static void fill(struct lane *l, enum shape shape, bool dependent)
-{
-	for (uint64_t at = 0; at < l->bytes; at += 8)
-		*(uint64_t *)(l->raw + at) = content_of(at);
-	l->at = 0;
-	if (dependent)
-		fill_cycle(l, shape);
-}
 
 static void measure(const struct bench *b, struct row *row, struct work *ours)
 {
@@ -283,8 +25,8 @@ static void measure(const struct bench *b, struct row *row, struct work *ours)
 	peer.mode = RAW;
 	ours->n >>= b->shift;
 	peer.n = ours->n;
-	fill(ours->lane, ours->shape, ours->dependent);
-	t = take_turns(b, sample, ours, sample, &peer);
+	access_fill(ours->lane, ours->shape, ours->dependent);
+	t = take_turns(b, access_sample, ours, access_sample, &peer);
 	row->suite = "translate";
 	row->unit = "ns";
 	row->peer = "raw access";
@@ -301,7 +43,8 @@ static const struct set {
     {"", 16 << 10, STRIDE, 4 << 20, 2 << 20, "16 KiB"},
     {"-256k", 256 << 10, STRIDE, 4 << 20, 1 << 20, "256 KiB"},
     {"-4m", 4 << 20, RANDOM, 2 << 20, 1 << 19, "4 MiB at random"},
-    {"-64m", 64 << 20, RANDOM, 1 << 19, 1 << 17, "64 MiB at random: all that the TLB of 16,384 entries reaches"},
+    {"-64m", 64 << 20, RANDOM, 1 << 19, 1 << 17,
+     "64 MiB at random: all that the TLB of 16,384 entries reaches"},
 };
 
 static void hit_row(const struct bench *b, struct lane *l, const struct set *s, struct work w, bool paged)
@@ -341,8 +84,9 @@ static void hit_rows(const struct bench *b, struct lane *l, bool paged)
 }
 
 /*
- * One line in each of many pages: what a TLB of the usual size misses. `name` miss-warm: with the default table, which
- * holds them all; miss-shadow: with one of 512 entries, so that nearly every access goes to the shadow tables.
+ * One line in each of many pages: what a TLB of the usual size misses. `name` miss-warm: with the default
+ * table, which holds them all; miss-shadow: with one of 512 entries, so that nearly every access goes to the
+ * shadow tables.
  */
 static void miss_rows(const struct bench *b, struct lane *l, const char *what, const char *kind)
 {
@@ -355,11 +99,11 @@ static void miss_rows(const struct bench *b, struct lane *l, const char *what, c
 				 .shape = PAGES,
 				 .dependent = dependent,
 				 .n = dependent ? 1 << 18 : 1 << 20};
-		struct row row = {.goal = GOAL_EXTRA, .limit = 15};
+		struct row row = {0};
 		char name[64];
 
-		snprintf(name, sizeof(name), "%s%s%s%s", what, dependent ? "-dep" : "",
-			 i & 2 ? "-16384" : "", kind);
+		snprintf(name, sizeof(name), "%s%s%s%s", what, dependent ? "-dep" : "", i & 2 ? "-16384" : "",
+			 kind);
 		row.name = name;
 		row_note(&row, "%s of %llu pages at random, one line each",
 			 dependent ? "dependent loads" : "loads", (unsigned long long)pages);
@@ -368,15 +112,172 @@ static void miss_rows(const struct bench *b, struct lane *l, const char *what, c
 	}
 }
 
+/* -- Unicorn ------------------------------------------------------------------------------ */
+
+static void uni_row(const struct bench *b, struct lane *l, uint64_t tables, struct work w, const char *name,
+		    double goal)
+{
+	struct row row = {.suite = "translate",
+			  .name = name,
+			  .unit = "ns",
+			  .peer = "Unicorn",
+			  .goal = goal > 0 ? GOAL_RATIO : GOAL_NONE,
+			  .limit = goal};
+	struct work peer;
+	struct turns t;
+
+	if (unicorn_missing()) {
+		row_note(&row, "%s", unicorn_missing());
+		report_skip(&row);
+		return;
+	}
+	w.lane = l;
+	w.mode = EACH;
+	w.n >>= b->shift;
+	peer = w;
+	peer.uni = uni_create(l->raw, GUEST_BYTES, l->gva, tables, DATA);
+	access_fill(l, w.shape, w.dependent);
+	t = take_turns(b, access_sample, &w, uni_sample, &peer);
+	row_note(&row, "guest code in a loop%s",
+		 w.dependent	    ? ""
+		 : w.shape == PAGES ? "; of the peer's time some ns compute addresses"
+				    : "");
+	report_turns(&row, &t);
+	uni_destroy(peer.uni);
+}
+
+/* The rows of the hits that goals compare with Unicorn, and all misses. `narrow`: the lane with a small TLB.
+ */
+static void uni_rows(const struct bench *b, struct lane *l, struct lane *narrow, uint64_t tables, bool paged)
+{
+	static const char *const ops[] = {"load", "store"};
+	const char *kind = paged ? "-paged" : "";
+	char name[64];
+
+	l->bytes = sets[0].bytes;
+	for (unsigned i = 0; i < 4; i++) {
+		struct work w = {.op = i & 1, .dependent = i & 2, .shape = STRIDE, .n = 1 << 20};
+
+		snprintf(name, sizeof(name), "hit-%s%s%s-unicorn", ops[i & 1], i & 2 ? "-dep" : "", kind);
+		uni_row(b, l, tables, w, name, i & 1 ? 20 : 0);
+	}
+	for (unsigned i = 0; i < 12; i++) {
+		uint64_t pages = i & 1 ? 16384 : 4096;
+		struct lane *lane = i < 8 ? l : narrow;
+		struct work w = {.op = i & 4 && i < 8 ? STORE : LOAD,
+				 .dependent = i & 2,
+				 .shape = PAGES,
+				 .n = 1 << 18,
+				 .pages = pages};
+
+		lane->bytes = pages * PAGE;
+		snprintf(name, sizeof(name), "%s%s%s%s%s-unicorn", i < 8 ? "miss-warm" : "miss-shadow",
+			 w.op == STORE ? "-store" : "", w.dependent ? "-dep" : "", i & 1 ? "-16384" : "",
+			 kind);
+		uni_row(b, lane, tables, w, name, i >= 8 || w.op == STORE ? 0 : paged ? 20 : 9);
+	}
+}
+
+/* -- 4 GiB ---------------------------------------------------------------------------------- */
+
+static void far_row(const struct bench *b, struct lane *l, const char *name, struct work w, double goal,
+		    const char *note)
+{
+	struct work peer;
+	struct turns t;
+	struct row row = {.suite = "translate",
+			  .name = name,
+			  .unit = "ns",
+			  .peer = "raw access",
+			  .goal = goal > 0 ? GOAL_TIMES : GOAL_NONE,
+			  .limit = goal};
+
+	w.lane = l;
+	w.n >>= b->shift;
+	peer = w;
+	peer.mode = RAW;
+	t = take_turns(b, access_sample, &w, access_sample, &peer);
+	row_note(&row, "%s", note);
+	report_turns(&row, &t);
+}
+
+/* More than any table of the default size reaches: guest pages of 4 KiB, or of 2 MiB. */
+static void far_rows(const struct bench *b, struct lane *l, const char *size, uint64_t entries)
+{
+	char name[64], note[160];
+
+	for (unsigned i = 0; i < 4; i++) {
+		struct work w = {
+		    .mode = EACH, .op = i & 2 ? STORE : LOAD, .shape = i & 1 ? LINES : PAGES, .n = 1 << 20};
+
+		snprintf(name, sizeof(name), "far-%s-%s%s", i & 2 ? "store" : "load", size,
+			 i & 1 ? "-seq" : "");
+		snprintf(note, sizeof(note), "%llu MiB, %s; %llu guest entries present, TLB of 16,384",
+			 (unsigned long long)(l->bytes / MIB),
+			 i & 1 ? "line by line" : "a line of a page at random", (unsigned long long)entries);
+		far_row(b, l, name, w, 0, note);
+	}
+}
+
+/* A TLB of as many entries as the guest has pages: hits, though of a table of 32 MiB. */
+static void far_hit_rows(const struct bench *b, struct lane *l)
+{
+	struct lane touch = *l;
+	struct work once = {.lane = &touch, .mode = EACH, .op = LOAD, .shape = LINES, .n = l->bytes / 64};
+	static const char note[] = "4 GiB at random, a line of a page; TLB of 1,048,576 entries, 32 MiB";
+
+	must(access_sample(&once) < 0 ? -EIO : 0, "contents");
+	far_row(b, l, "hit-load-4g", (struct work){.mode = EACH, .op = LOAD, .shape = PAGES, .n = 1 << 20},
+		1.5, note);
+	far_row(b, l, "hit-store-4g", (struct work){.mode = EACH, .op = STORE, .shape = PAGES, .n = 1 << 20},
+		1.5, note);
+	access_fill(l, PAGES, true);
+	far_row(b, l, "hit-load-dep-4g",
+		(struct work){.mode = EACH, .op = LOAD, .shape = PAGES, .dependent = true, .n = 1 << 19}, 1.5,
+		note);
+}
+
+static void bench_far(const struct bench *b)
+{
+	uint64_t bytes = bench_size(b, FAR), tables = bytes, large = bytes + 32 * MIB;
+	struct guest g = guest_create(bytes + 64 * MIB, 0, 0);
+	struct lane flat = {.raw = guest_raw(&g, bytes), .bytes = bytes}, lane;
+	uint64_t entries;
+
+	access_fill(&flat, LINES, false);
+	entries = guest_tables(&g, (struct guest_map){.gva = GVA_PAGED, .bytes = bytes, .tables = tables});
+	lane = flat;
+	lane.gva = GVA_PAGED;
+	lane.v = vcpu_paged(g.vm, tables, 0);
+	far_rows(b, &lane, "4k", entries);
+	kage_vcpu_destroy(lane.v);
+	access_fill(&flat, LINES, false);
+	entries = guest_tables(
+	    &g, (struct guest_map){.gva = GVA_PAGED, .bytes = bytes, .tables = large, .large = true});
+	lane.v = vcpu_paged(g.vm, large, 0);
+	far_rows(b, &lane, "2m", entries);
+	kage_vcpu_destroy(lane.v);
+	access_fill(&flat, LINES, false);
+	flat.v = vcpu_flat(g.vm, 20);
+	far_hit_rows(b, &flat);
+	kage_vcpu_destroy(flat.v);
+	guest_unraw(&g, bytes);
+	guest_destroy(&g);
+}
+
+/* ------------------------------------------------------------------------------------------- */
+
 void bench_translate(const struct bench *b)
 {
-	uint64_t tables = DATA, bytes = DATA + 2 * MIB;
-	struct guest blocks = guest_create(bytes, 0, 0), pieces = guest_create(bytes, KAGE_REGION_NOHUGE, 0);
-	struct lane flat = {.raw = guest_raw(&blocks, DATA)}, small = {.raw = guest_raw(&pieces, DATA)};
+	uint64_t tables = DATA + CODE;
+	struct guest blocks = guest_create(GUEST_BYTES, 0, 0),
+		     pieces = guest_create(GUEST_BYTES, KAGE_REGION_NOHUGE, 0);
+	struct lane flat = {.raw = guest_raw(&blocks, GUEST_BYTES)},
+		    small = {.raw = guest_raw(&pieces, GUEST_BYTES)};
 	struct lane paged = {.raw = flat.raw, .gva = GVA_PAGED};
 	struct lane narrow = small, narrow_paged = paged;
 
-	guest_tables(&blocks, GVA_PAGED, DATA, tables);
+	guest_tables(&blocks, (struct guest_map){.gva = GVA_PAGED, .bytes = DATA + CODE, .tables = tables});
 	flat.v = vcpu_flat(blocks.vm, 0);
 	paged.v = vcpu_paged(blocks.vm, tables, 0);
 	small.v = vcpu_flat(pieces.vm, 0);
@@ -389,13 +290,17 @@ void bench_translate(const struct bench *b)
 	miss_rows(b, &flat, "miss-warm", "-block");
 	miss_rows(b, &narrow, "miss-shadow", "");
 	miss_rows(b, &narrow_paged, "miss-shadow", "-paged");
+	uni_rows(b, &small, &narrow, 0, false);
+	uni_rows(b, &paged, &narrow_paged, tables, true);
 	kage_vcpu_destroy(flat.v);
 	kage_vcpu_destroy(paged.v);
 	kage_vcpu_destroy(small.v);
 	kage_vcpu_destroy(narrow.v);
 	kage_vcpu_destroy(narrow_paged.v);
-	guest_unraw(&blocks, DATA);
-	guest_unraw(&pieces, DATA);
+	guest_unraw(&blocks, GUEST_BYTES);
+	guest_unraw(&pieces, GUEST_BYTES);
 	guest_destroy(&blocks);
 	guest_destroy(&pieces);
+	bench_far(b);
+	bench_tables(b);
 }
