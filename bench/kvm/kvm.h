@@ -9,6 +9,8 @@
  *   cow.c       a write to a shared page, and the way of the page home
  *   pause.c     the live clone of a running guest, as that guest sees it
  *   clones.c    many clones; what an idle one takes
+ *   dirty.c     dirty logging of a running guest
+ *   scale.c     many guests against few
  *
  * Every row's note says what its time contains. CPU time of a guest is that of
  * its vCPU's thread between two OUT, KVM's work for it included.
@@ -101,5 +103,7 @@ void bench_steady(const struct bench *b);
 void bench_cow(const struct bench *b);
 void bench_pause(const struct bench *b);
 void bench_clones(const struct bench *b);
+void bench_dirty(const struct bench *b);
+void bench_scale(const struct bench *b);
 
 #endif

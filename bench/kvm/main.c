@@ -17,6 +17,8 @@ int main(int argc, char **argv)
 	    {"cow", bench_cow},
 	    {"pause", bench_pause},
 	    {"clones", bench_clones},
+	    {"dirty", bench_dirty},
+	    {"scale", bench_scale},
 	};
 	const char *missing = vmm_missing();
 
