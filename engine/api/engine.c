@@ -23,6 +23,7 @@
 #define RESERVE_DEFAULT ((uint64_t)4 << 20)
 #define WINDOW_TIMEOUT_MS 10000
 #define DEFER_DUE 1024 /* objects */
+#define UPKEEP_USEC 2000 /* of a step with a budget, for reserves */
 #define SHARE_MAX 10000 /* percent: a hundred CPUs */
 #define SCAN_MSEC_MAX (24 * 3600 * 1000u)
 #define DIGESTS ((uint64_t)1 << 32) /* whose salt is nobody's; domains have theirs by number */
@@ -240,14 +241,26 @@ static int step_merge(struct kage_engine *e, const struct kage_budget *b, struct
 	return r;
 }
 
+/* A new reserve is populated: 128 MiB by default, 15 ms with huge pages, 300 without. So steps with a budget fill it in pieces. */
+static void step_upkeep(struct kage_engine *e, const struct kage_budget *b)
+{
+	bool limited = b->flags & KAGE_BUDGET_ADVISED || b->pages || b->usec;
+	uint64_t usec = b->usec ? MIN(b->usec, UPKEEP_USEC) : UPKEEP_USEC;
+	struct brlock_held held = brlock_read(&e->upkeep);
+	bool more = tenants_upkeep(&e->host, limited ? env_now(&e->env, KAGE_CLOCK_WALL) + usec * 1000 : 0);
+
+	brlock_read_drop(&e->upkeep, held);
+	if (more)
+		engine_due(e);
+}
+
 static int step_work(struct kage_engine *e, const struct kage_budget *b, struct kage_progress *p)
 {
-	struct brlock_held held = brlock_read(&e->upkeep);
+	struct brlock_held held;
 	bool more = false;
 	int r;
 
-	tenants_upkeep(&e->host);
-	brlock_read_drop(&e->upkeep, held);
+	step_upkeep(e, b);
 	r = step_merge(e, b, p, &more);
 	held = brlock_read(&e->upkeep);
 	p->more = more;

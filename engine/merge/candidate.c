@@ -21,6 +21,7 @@
  *  4. garbage is at most half of a table with more than SWEEP_MIN entries after
  *     each pass. Of frames that were written and hashed anew, whose old entry is told
  *     by its tag alone, each sweep takes three in four.
+ *  5. a table that is used to less than a sixteenth after a pass becomes as small as four times what is in it.
  *
  * Locks: t->lock, for moments; inside it nothing else is taken.
  *
@@ -103,18 +104,16 @@ static bool entry_alive(struct pool *pool, const struct candidate *c)
 	       (READ_ONCE(pfn_frame(pool, PFN(c->pfn))->bits) & FRAME_TAG) == tag_of(c->hash);
 }
 
-int candidates_reserve(struct candidates *t, uint64_t n)
+/* -ENOMEM: it is as it was. */
+static int resize(struct candidates *t, uint64_t to)
 {
-	struct candidate *old = t->slot, *slot;
+	struct candidate *old = t->slot, *slot = env_alloc(t->env, to * sizeof(*slot));
 	uint64_t slots = t->slots;
 
-	if ((t->used + n) * 8 <= slots * 5)
-		return 0;
-	slot = env_alloc(t->env, 2 * slots * sizeof(*slot));
 	if (!slot)
-		return t->used + n < slots - slots / 16 ? 0 : -ENOMEM; /* slower, but it works */
+		return -ENOMEM;
 	WRITE_ONCE(t->slot, slot);
-	WRITE_ONCE(t->slots, 2 * slots);
+	WRITE_ONCE(t->slots, to);
 	for (uint64_t i = 0; i < slots; i++) {
 		struct candidate *c;
 
@@ -125,6 +124,15 @@ int candidates_reserve(struct candidates *t, uint64_t n)
 		*c = old[i];
 	}
 	env_free(t->env, old, slots * sizeof(*old));
+	return 0;
+}
+
+int candidates_reserve(struct candidates *t, uint64_t n)
+{
+	if ((t->used + n) * 8 <= t->slots * 5)
+		return 0;
+	if (resize(t, 2 * t->slots))
+		return t->used + n < t->slots - t->slots / 16 ? 0 : -ENOMEM; /* slower, but it works */
 	return 0;
 }
 
@@ -196,6 +204,18 @@ uint64_t candidates_count(const struct candidates *t, struct pool *pool)
 	return marked > lost ? marked - lost : 0;
 }
 
+/* 5. Without memory it stays as it is. */
+static void shrink(struct candidates *t)
+{
+	uint64_t slots = t->slots;
+
+	if (slots == SLOTS_MIN || t->used >= slots / 16)
+		return;
+	while (slots > SLOTS_MIN && slots > 4 * t->used)
+		slots /= 2;
+	resize(t, slots);
+}
+
 void candidates_sweep(struct candidates *t, struct pool *pool)
 {
 	lock_take(&t->lock);
@@ -208,5 +228,6 @@ void candidates_sweep(struct candidates *t, struct pool *pool)
 			rcu_leave();
 		}
 	}
+	shrink(t);
 	lock_drop(&t->lock);
 }

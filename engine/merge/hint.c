@@ -16,22 +16,37 @@
  *  J1  a hint is armed in one step and looked at in a later one. The pass leaves a chunk alone in a step in which a hint has
  *      been at it: what was written until a moment ago is no longer in the log, and would pass for quiet.
  *  J2  a hint ends when all its chunks have been visited and none of them is open.
+ *  J3  there are HINTS_MOST at once at most, whoever gives them: what does not fit waits for a pass, as without a hint.
  *
  * Locks: merge->lock for the list.
  */
 #include "merge/scan.h"
 
+#define HINTS_MOST 1024
+
 static void hint_free(struct merge *m, struct merge_hint *h)
 {
+	m->hinted--;
 	list_del(&h->node);
 	env_free(m->host->env, h, sizeof(*h));
 }
 
-/* The newest hint becomes longer instead, if it can. */
+/* Nothing has been done about it yet. */
+static bool hint_waits(const struct merge_hint *h)
+{
+	return !h->armed && !h->chunk && h->at.v == h->start.v;
+}
+
+/* Another one says the same already, or becomes longer instead. merge->lock held. */
 static bool joined(struct merge *m, struct mm *mm, gfn_t start, gfn_t end, bool final)
 {
 	struct merge_hint *last;
 
+	list_for_each(pos, &m->hints) {
+		last = container_of(pos, struct merge_hint, node);
+		if (last->mm == mm && last->final == final && hint_waits(last) && last->start.v <= start.v && end.v <= last->end.v)
+			return true;
+	}
 	if (list_empty(&m->hints))
 		return false;
 	last = container_of(m->hints.prev, struct merge_hint, node);
@@ -44,6 +59,7 @@ static bool joined(struct merge *m, struct mm *mm, gfn_t start, gfn_t end, bool 
 int merge_hint(struct merge *m, struct mm *mm, gfn_t start, uint64_t npages, bool final)
 {
 	struct merge_hint *h;
+	int r = 0;
 
 	if (!atomic_load(&m->on))
 		return 0;
@@ -52,13 +68,18 @@ int merge_hint(struct merge *m, struct mm *mm, gfn_t start, uint64_t npages, boo
 		return -ENOMEM;
 	*h = (struct merge_hint){ .mm = mm, .final = final, .start = start, .end = gfn_add(start, npages), .at = start };
 	lock_take(&m->lock);
-	if (!joined(m, mm, start, h->end, final)) {
+	if (joined(m, mm, start, h->end, final)) {
+		;
+	} else if (m->hinted == HINTS_MOST) {
+		r = -ENOMEM;
+	} else {
 		list_add_tail(&m->hints, &h->node);
+		m->hinted++;
 		h = NULL;
 	}
 	lock_drop(&m->lock);
 	env_free(m->host->env, h, sizeof(*h));
-	return 0;
+	return r;
 }
 
 void hints_forget(struct merge *m, const struct mm *mm)
@@ -78,6 +99,8 @@ uint64_t merge_urgent(struct merge *m, bool *ready)
 	uint64_t pages = 0;
 
 	*ready = false;
+	if (!atomic_load(&m->on))
+		return 0;
 	lock_take(&m->lock);
 	list_for_each(pos, &m->hints) {
 		const struct merge_hint *h = container_of(pos, struct merge_hint, node);

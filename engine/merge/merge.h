@@ -139,6 +139,7 @@ struct merge {
 	uint64_t chunk;  /* next chunk of it */
 	unsigned taken;  /* chunks that scanners are at */
 	struct list hints; /* oldest first */
+	unsigned hinted;   /* their number */
 	_Atomic uint64_t steps;
 	/* counters */
 	_Atomic uint64_t passes, scanned;
@@ -163,7 +164,7 @@ void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing, ui
  * step after the next, what is quiet until then. Nothing happens while merging is off. -ENOMEM.
  */
 int merge_hint(struct merge *m, struct mm *mm, gfn_t start, uint64_t npages, bool final);
-/* Pages of hints; *ready: for some of them the next step need not wait. */
+/* Pages of hints, none while merging is off; *ready: for some of them the next step need not wait. */
 uint64_t merge_urgent(struct merge *m, bool *ready);
 /* Bytes of what is remembered of a guest, its dirty log included; of all guests, candidates and hints. No lock held. */
 uint64_t merge_mm_bytes(struct merge *m, struct mm *mm);

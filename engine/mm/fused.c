@@ -111,38 +111,42 @@ static int fresh(struct reserve *r, pfn_t *out)
 	return arena_alloc(r->tenant->host->pool, r->tenant->id, 0, FRAME_RESERVED, 0, out);
 }
 
-static void reserve_fill(struct reserve *r)
+/* True: it is not full, because it is `until`. */
+static bool reserve_fill(struct reserve *r, uint64_t until)
 {
+	struct env *env = r->tenant->host->env;
 	struct pool *pool = r->tenant->host->pool;
 	pfn_t pfn;
 
-	while (!reserve_full(r)) {
+	for (unsigned n = 0; !reserve_full(r); n++) {
+		if (until && n % BATCH == BATCH - 1 && env_now(env, KAGE_CLOCK_WALL) >= until)
+			return true;
 		if (fresh(r, &pfn)) {
 			if (!READ_ONCE(r->told))
-				env_log(r->tenant->host->env, KAGE_LOG_WARN,
+				env_log(env, KAGE_LOG_WARN,
 					"domain %u: %u of %u frames in the reserve: nothing is merged until there is memory for the rest",
 					r->tenant->id, READ_ONCE(r->count), r->want);
 			WRITE_ONCE(r->told, true);
 			if (!READ_ONCE(r->used))
 				reserve_empty(r);
-			return;
+			return false;
 		}
 		if (!reserve_add(r, pfn))
 			arena_free(pool, pfn);
 	}
 	WRITE_ONCE(r->told, false);
 	WRITE_ONCE(r->used, true);
+	return false;
 }
 
-void reserve_upkeep(struct reserve *r)
+bool reserve_upkeep(struct reserve *r, uint64_t until)
 {
 	reserve_settle(r);
-	if (READ_ONCE(r->tenant->families)) {
-		reserve_fill(r);
-		return;
-	}
+	if (READ_ONCE(r->tenant->families))
+		return reserve_fill(r, until);
 	reserve_empty(r);
 	WRITE_ONCE(r->used, false);
+	return false;
 }
 
 int reserve_draw(struct reserve *r, bool must, pfn_t *out)

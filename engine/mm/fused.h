@@ -60,8 +60,11 @@ struct reserve {
 /* NULL: no memory. */
 struct reserve *reserve_make(struct tenant *t, uint32_t want);
 void reserve_free(struct reserve *r);
-/* Notes are let go of, the reserve is filled, or emptied if no guest is left. Any thread; no lock held. */
-void reserve_upkeep(struct reserve *r);
+/*
+ * Notes are let go of, the reserve is filled, or emptied if no guest is left. Any thread; no lock held. `until`: by the
+ * engine's clock, 0: whenever. True: it is not full for lack of time.
+ */
+bool reserve_upkeep(struct reserve *r, uint64_t until);
 /* Lets go of what is noted. Returns how many references. No table lock held. */
 uint64_t reserve_settle(struct reserve *r);
 static inline bool reserve_full(const struct reserve *r)

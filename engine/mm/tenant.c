@@ -134,14 +134,24 @@ void tenants_hardened(struct host *h, void (*fn)(struct tenant *t, void *arg), v
 		fn(t, arg);
 }
 
+struct upkeep {
+	uint64_t until;
+	bool more;
+};
+
 static void upkeep(struct tenant *t, void *arg)
 {
-	reserve_upkeep(t->reserve);
+	struct upkeep *u = arg;
+
+	u->more |= reserve_upkeep(t->reserve, u->until);
 }
 
-void tenants_upkeep(struct host *h)
+bool tenants_upkeep(struct host *h, uint64_t until)
 {
-	tenants_hardened(h, upkeep, NULL);
+	struct upkeep u = { .until = until };
+
+	tenants_hardened(h, upkeep, &u);
+	return u.more;
 }
 
 pfn_t tenant_zero(struct tenant *t)

@@ -47,8 +47,11 @@ int tenant_get(struct host *h, uint32_t id, struct tenant **out);
 void tenant_put(struct tenant *t);
 /* -EBUSY while families live in it, -ENOMEM. The engine's upkeep lock held for writing: nobody looks at its reserve. */
 int tenant_configure(struct host *h, uint32_t id, uint32_t flags, uint32_t frames);
-/* Before a step merges: what hardened tenants let go of goes, and their reserves are filled. The engine's upkeep lock held. */
-void tenants_upkeep(struct host *h);
+/*
+ * Before a step merges: what hardened tenants let go of goes, and their reserves are filled, until a time (mm/fused.h).
+ * True: not all of them, for lack of time. The engine's upkeep lock held.
+ */
+bool tenants_upkeep(struct host *h, uint64_t until);
 /* Calls fn for every hardened tenant. The engine's upkeep lock held, or everything stopped. */
 void tenants_hardened(struct host *h, void (*fn)(struct tenant *t, void *arg), void *arg);
 

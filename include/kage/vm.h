@@ -127,7 +127,8 @@ enum kage_advice {
 	/**
 	 * The contents will last (restored, loaded, given back by the guest): merging looks at all that was written in
 	 * the range in the next step, before everything else, without waiting for a pass in which nobody writes.
-	 * A page that is written all the same has cost a merge and a COW break. No effect while merging is off.
+	 * A page that is written all the same has cost a merge and a COW break. No effect while merging is off. At most
+	 * 1,024 hints are kept until steps come to them (ranges that join count as one): further ones return -ENOMEM.
 	 */
 	KAGE_ADVICE_MERGE_FIRST = 5,
 };
@@ -137,7 +138,8 @@ enum kage_advice {
  *
  * Returns KAGE_OK, -EINVAL, -ENOENT (a hole), -EOPNOTSUPP (the regions'
  * kind cannot do it: MERGEABLE on FOREIGN or EXTERNAL, DISCARD on EXTERNAL; MERGE_FIRST where it is not MERGEABLE), -EBUSY (DISCARD of a
- * pinned page), -ENOMEM (UNMERGEABLE and WILLNEED: what was done stays done; MERGE_FIRST: it is looked at with all else),
+ * pinned page), -ENOMEM (UNMERGEABLE and WILLNEED: what was done stays done, the other pages keep the frames that they share, none is lost
+ * and none is merged anew, and the same call again goes on with what is left; MERGE_FIRST: it is looked at with all else),
  * -ETIMEDOUT, -EDEADLK as kage_vm_unmap().
  */
 KAGE_API int kage_vm_advise(struct kage_vm *vm, uint64_t gpa, uint64_t len, enum kage_advice advice);

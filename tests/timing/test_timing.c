@@ -19,6 +19,8 @@
  * independent: a few times that), p < ALPHA in one of 10,000. A leak shows again: when the samples of a hardened
  * domain differ, new ones have to differ as well before the test fails.
  *
+ * That it fails where it should is tried by hand: mutations.sh.
+ *
  * Environment: KAGE_TIMING_SAMPLES (of each experiment in a hardened domain, default 100,000), KAGE_SEED.
  */
 #include <math.h>

@@ -23,12 +23,13 @@ static void is(long long got, long long want)
 
 static struct {
 	uint64_t wall, cpu, step_cost; /* every look at the CPU clock finds it `step_cost` further on */
+	uint64_t look; /* the same of the other */
 } clock_;
 
 static uint64_t fake_now(void *opaque, enum kage_clock_id id)
 {
 	if (id == KAGE_CLOCK_WALL)
-		return clock_.wall;
+		return clock_.wall += clock_.look;
 	clock_.cpu += clock_.step_cost;
 	return clock_.cpu;
 }
@@ -40,6 +41,7 @@ static void setup(void)
 	clock_.wall = 5 * SECOND;
 	clock_.cpu = 0;
 	clock_.step_cost = MS;
+	clock_.look = 0;
 	is(kage_engine_create(KAGE_CFG(kage_engine_config, .seed = 11, .clock = {.now = fake_now}), &engine), 0);
 }
 
@@ -310,6 +312,42 @@ START_TEST(hints_are_checked)
 }
 END_TEST
 
+/* Whoever goes on giving hints that nobody comes to gets no more memory for them than for a thousand; all the same all is merged. */
+START_TEST(hints_are_limited)
+{
+	struct kage_vm *vm = guest(4096, KAGE_REGION_MERGEABLE);
+	uint64_t bytes;
+	unsigned n = 0;
+
+	tune(0, 0, 0, 0, 0);
+	for (unsigned i = 0; i < 4096; i++)
+		put(vm, i, 7);
+	for (unsigned i = 0; i < 100; i++) /* the same one again */
+		is(kage_vm_advise(vm, 0, 10 * PAGE, KAGE_ADVICE_MERGE_FIRST), 0);
+	bytes = stats(NULL).ksm_bytes;
+	while (n < 2048 && kage_vm_advise(vm, 2 * n * PAGE, PAGE, KAGE_ADVICE_MERGE_FIRST) == 0)
+		n++;
+	ck_assert_uint_gt(n, 1000);
+	ck_assert_uint_le(n, 1024 + 5);
+	is(kage_vm_advise(vm, 4000 * PAGE, PAGE, KAGE_ADVICE_MERGE_FIRST), -ENOMEM);
+	ck_assert_uint_le(stats(NULL).ksm_bytes - bytes, 1024 * 128);
+	for (unsigned i = 0; i < 3; i++)
+		step(0, 0);
+	is(stats(NULL).frames_used, 1);
+	is(stats(vm).pages_shared_merge, 4096);
+	is(kage_vm_advise(vm, 4000 * PAGE, PAGE, KAGE_ADVICE_MERGE_FIRST), 0); /* there is room again */
+	ck_assert(due());
+	is(kage_engine_tune(engine, KAGE_CFG(kage_tune, .flags = 0)), 0); /* it waits, and nobody is called for it */
+	step(0, 0);
+	ck_assert(!due());
+	tune(0, 0, 0, 0, 0);
+	step(0, 0);
+	step(0, 0);
+	ck_assert(!due());
+	is(kage_vm_destroy(vm), 0);
+}
+END_TEST
+
 /* -- cost follows writes ---------------------------------------------------------------------------- */
 
 START_TEST(idle_memory_costs_nothing)
@@ -350,6 +388,29 @@ START_TEST(idle_memory_costs_nothing)
 	is(stats(vm).ksm_chunk_visits - after.ksm_chunk_visits, 4); /* one finds them written, one quiet */
 	is(stats(vm).ksm_pages_scanned - after.ksm_pages_scanned, 3);
 	is(kage_vm_destroy(vm), 0);
+}
+END_TEST
+
+/* What merging remembers of guests goes with them. */
+START_TEST(memory_of_guests_that_went)
+{
+	struct kage_vm *vm;
+	uint64_t before;
+
+	tune(0, 0, 0, 0, 0);
+	step(0, 0);
+	before = stats(NULL).ksm_bytes;
+	vm = guest(40000, KAGE_REGION_MERGEABLE);
+	for (unsigned i = 0; i < 40000; i++)
+		put(vm, i, 1 + i);
+	for (unsigned i = 0; i < 3; i++)
+		step(0, 0);
+	ck_assert_uint_gt(stats(NULL).ksm_bytes, before + 40000 * 16);
+	is(stats(NULL).ksm_pages_unshared, 40000);
+	is(kage_vm_destroy(vm), 0);
+	step(0, 0);
+	step(0, 0);
+	is(stats(NULL).ksm_bytes, before);
 }
 END_TEST
 
@@ -444,6 +505,41 @@ START_TEST(many_frames_of_one_content)
 }
 END_TEST
 
+/* 4,096 frames: a step with a budget stops after two milliseconds, and asks for another one; a step without fills it. */
+START_TEST(reserves_are_filled_in_pieces)
+{
+	struct kage_vm *vm;
+	uint64_t last = 0;
+	unsigned steps = 0;
+
+	tune(0, 0, 0, 0, 0);
+	for (unsigned d = 1; d <= 2; d++) {
+		is(kage_domain_configure(engine, d, KAGE_CFG(kage_domain_config, .flags = KAGE_DOMAIN_HARDENED,
+							     .reserve_frames = 4096)), 0);
+		is(kage_vm_create(engine, KAGE_CFG(kage_vm_config, .merge_domain = d), &vm), 0);
+		is(kage_vm_map(vm, KAGE_CFG(kage_region, .len = 64 * PAGE, .flags = KAGE_REGION_MERGEABLE)), 0);
+		clock_.look = MS;
+		while (d == 1 && stats(NULL).frames_reserve < 4096) {
+			for (unsigned i = 0; i < 64; i++)
+				put(vm, i, 1);
+			is(step(0, 1000).pages_merged, 0); /* not before it is full */
+			ck_assert_uint_gt(stats(NULL).frames_reserve, last);
+			last = stats(NULL).frames_reserve;
+			ck_assert(last == 4096 || due());
+			steps++;
+		}
+		step(0, 0);
+		is(stats(NULL).frames_reserve, 4096);
+		clock_.look = 0;
+		is(kage_vm_destroy(vm), 0);
+		step(0, 0);
+		is(stats(NULL).frames_reserve, 0);
+	}
+	ck_assert_uint_ge(steps, 4);
+	ck_assert_uint_le(steps, 32);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("merge-policy");
@@ -461,10 +557,13 @@ int main(void)
 	tcase_add_test(tc, new_guests_that_write);
 	tcase_add_test(tc, hints_go_first_and_do_not_wait);
 	tcase_add_test(tc, hints_are_checked);
+	tcase_add_test(tc, hints_are_limited);
 	tcase_add_test(tc, idle_memory_costs_nothing);
 	tcase_add_test(tc, idle_memory_is_not_forgotten);
+	tcase_add_test(tc, memory_of_guests_that_went);
 	tcase_add_test(tc, sharers_beyond_the_limit);
 	tcase_add_test(tc, many_frames_of_one_content);
+	tcase_add_test(tc, reserves_are_filled_in_pieces);
 	suite_add_tcase(suite, tc);
 	runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);

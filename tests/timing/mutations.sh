@@ -1,0 +1,110 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# Would the timing test notice? Breaks hardened merging on purpose, one way at a
+# time, in a copy of the tree, and expects the test to fail: with the engine as it is
+# it must pass. By hand, on a machine that is idle: minutes.
+#
+#   sh tests/timing/mutations.sh [NAME...]     from the top of the tree; no names: all
+#
+# KAGE_TIMING_SAMPLES as for the test. What is broken:
+#
+#   none       nothing: passes
+#   reuse      an access to a page that nobody shares copies next to nothing, as if it took the frame
+#   reads      a load from such a page goes through
+#   alone      only pages with their like are put out of reach (no "fake merging")
+#   drop       the fault looks at the count of the frame that it leaves, and frees it
+#   flush      frames stay in the cache after they were read
+#   draws      the frame that was given back last is drawn first: what rejects it is a unit test
+#
+# A mutation of code that is not there any more is an error, not a success.
+set -u
+
+top=$(pwd)
+dir=$(mktemp -d) || exit 1
+trap 'rm -rf "$dir"' EXIT
+failed=0
+
+fresh() {
+	git -C "$top" ls-files -z engine include backends tests meson.build meson_options.txt README.md |
+		(cd "$top" && xargs -0 tar cf - 2>/dev/null) | tar xf - -C "$dir"
+}
+
+# change FILE OLD NEW: the text occurs once.
+change() {
+	python3 - "$dir/$1" "$2" "$3" <<'PY' || { echo "mutations: $1 has changed: correct this script" >&2; exit 1; }
+import sys
+path, old, new = sys.argv[1:]
+text = open(path).read()
+if text.count(old) != 1:
+    sys.exit(1)
+open(path, "w").write(text.replace(old, new))
+PY
+}
+
+mutate() {
+	case $1 in
+	none) ;;
+	reuse)
+		change engine/mm/fault.c 'guest_copy(pfn_hva(pool, copy), pfn_hva(pool, from), PAGE_SIZE);' \
+			'guest_copy(pfn_hva(pool, copy), pfn_hva(pool, from), fused &&
+			   READ_ONCE(pfn_frame(pool, from)->refs) == 1 ? CACHE_LINE : PAGE_SIZE);'
+		;;
+	reads)
+		change engine/mm/fault.c '(!exclusive && !entry_is_fused(l.entry))' '(!exclusive && (!entry_is_fused(l.entry) ||
+	    READ_ONCE(pfn_frame(mm->host->pool, l.pfn)->refs) == 1))'
+		;;
+	alone)
+		change engine/merge/hardened.c 'entry_fused(f->into));' 'f->fresh ? entry_leaf(f->into, 0) : entry_fused(f->into));'
+		change engine/obs/classify.c 'kind == FRAME_STABLE && entry_is_fused(l->entry) &&' 'kind == FRAME_STABLE &&'
+		;;
+	drop)
+		change engine/mm/fault.c 'if (entry_is_fused(w->old) && fused_gone(' 'if (entry_is_fused(w->old) && false && fused_gone('
+		;;
+	flush)
+		change engine/mm/fused.c 'cache_flush(pfn_hva(pool, pfn), PAGE_SIZE);' '(void)pool, (void)pfn;'
+		;;
+	draws)
+		change engine/mm/fused.c 'i = random_below(&r->random, n);' 'i = n - 1;'
+		;;
+	*)
+		echo "mutations: no such mutation: $1" >&2
+		exit 1
+		;;
+	esac
+}
+
+# Prints what the test found; true: nothing, in a hardened domain. What it finds in one it has to find twice.
+try() {
+	if [ "$1" = draws ]; then
+		ninja -C "$dir/build" tests/unit/unit-tenant >"$dir/log" 2>&1 || { tail "$dir/log"; exit 1; }
+		"$dir/build/tests/unit/unit-tenant" >"$dir/out" 2>&1
+		result=$?
+		grep ':[FE]:' "$dir/out"
+		return $result
+	fi
+	ninja -C "$dir/build" tests/timing/timing-merged >"$dir/log" 2>&1 || { tail "$dir/log"; exit 1; }
+	"$dir/build/tests/timing/timing-merged" >"$dir/out" 2>&1
+	grep hardened "$dir/out"
+	for what in loads stores; do
+		[ "$(grep -c "hardened $what .*differ" "$dir/out")" -lt 2 ] || return 1
+	done
+	grep -q 'hardened stores' "$dir/out" || exit 1
+}
+
+fresh
+meson setup "$dir/build" "$dir" -Dbuildtype=debugoptimized -Dbench=false >"$dir/log" 2>&1 || { tail "$dir/log"; exit 1; }
+for name in ${*:-none reuse reads alone drop flush draws}; do
+	fresh
+	mutate "$name"
+	echo "mutations: $name"
+	if try "$name"; then
+		result=passes
+	else
+		result="is rejected"
+	fi
+	want="is rejected"
+	[ "$name" = none ] && want=passes
+	[ "$result" = "$want" ] || failed=1
+	echo "mutations: $name $result"
+done
+exit $failed
