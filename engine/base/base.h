@@ -69,6 +69,22 @@
 #define cas_acq_rel(p, old, v) \
 	__atomic_compare_exchange_n((p), (old), (v), false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)
 
+/* Bit maps in 64-bit words that one thread at a time changes. */
+static inline bool bit_test(const uint64_t *map, size_t i)
+{
+	return map[i / 64] >> (i % 64) & 1;
+}
+
+static inline void bit_set(uint64_t *map, size_t i)
+{
+	map[i / 64] |= (uint64_t)1 << (i % 64);
+}
+
+static inline void bit_clear(uint64_t *map, size_t i)
+{
+	map[i / 64] &= ~((uint64_t)1 << (i % 64));
+}
+
 static inline void cpu_relax(void)
 {
 #if defined(__x86_64__)

@@ -84,7 +84,7 @@ static uint64_t metadata_bytes(const struct pool *pool)
 			i += 64;
 			continue;
 		}
-		while (i < p->nsections && p->taken[i / 64] >> i % 64 & 1)
+		while (i < p->nsections && bit_test(p->taken, i))
 			i++;
 		if (first == i)
 			i++;

@@ -36,7 +36,7 @@ static uint64_t block_pages(struct pool *pool, pfn_t first, pfn_t end)
 		return 0;
 	pool_populated(pool, first, n, map);
 	for (unsigned i = 0; i < n; i++)
-		if (map[i / 64] >> (i % 64) & 1 &&
+		if (bit_test(map, i) &&
 		    (covered || READ_ONCE(pfn_frame(pool, pfn_add(first, i))->refs)))
 			used++;
 	return used;

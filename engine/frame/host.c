@@ -323,7 +323,7 @@ uint64_t host_resident(const void *addr, uint64_t bytes)
 static void set_bits(uint64_t map[8], unsigned from, unsigned to)
 {
 	for (unsigned i = from; i < to; i++)
-		map[i / 64] |= (uint64_t)1 << i % 64;
+		bit_set(map, i);
 }
 
 /* mincore(2) calls a page that is swapped out "not resident". Where swap is on, better sources are asked. */

@@ -205,7 +205,7 @@ static void pool_free(struct pool *pool)
 		domain_free(d);
 	}
 	for (uint64_t i = 0; pool->sections && p->taken && i < p->nsections; i++)
-		if (p->taken[i / 64] >> i % 64 & 1)
+		if (bit_test(p->taken, i))
 			env_free(pool->env, pool->sections[i], sizeof(struct section));
 	if (p->pagemap >= 0)
 		close(p->pagemap);

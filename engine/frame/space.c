@@ -90,9 +90,9 @@ static void mark_taken(struct pool_private *p, uint64_t first, uint64_t n, bool 
 {
 	for (uint64_t i = first; i < first + n; i++) {
 		if (taken)
-			p->taken[i / 64] |= (uint64_t)1 << i % 64;
+			bit_set(p->taken, i);
 		else
-			p->taken[i / 64] &= ~((uint64_t)1 << i % 64);
+			bit_clear(p->taken, i);
 	}
 	if (!taken)
 		p->taken_hint = MIN(p->taken_hint, first);

@@ -32,16 +32,6 @@
 
 #define GAP_MOST 32
 
-static inline bool bit_test(const uint64_t *map, unsigned i)
-{
-	return map[i / 64] >> (i % 64) & 1;
-}
-
-static inline void bit_set(uint64_t *map, unsigned i)
-{
-	map[i / 64] |= (uint64_t)1 << (i % 64);
-}
-
 /* -- chains ---------------------------------------------------------------------------------- */
 
 static int found_one(const struct rmap_entry *e, void *arg)

@@ -70,7 +70,7 @@ static bool is_hole(const struct mm *mm, const struct mm_lookup *l, struct popul
 		pool_populated(mm->host->pool, p->first, p->npages, p->map);
 	}
 	i = l->pfn.v - p->first.v;
-	return !(p->map[i / 64] >> i % 64 & 1);
+	return !bit_test(p->map, i);
 }
 
 static void copy_page(const struct mm *mm, const struct mm_lookup *l, size_t offset, void *buf, size_t len,

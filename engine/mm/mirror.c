@@ -36,16 +36,6 @@
 #include "mm/region.h"
 #include "mm/stable.h"
 
-static inline bool bit_test(const uint64_t *map, unsigned i)
-{
-	return map[i / 64] >> (i % 64) & 1;
-}
-
-static inline void bit_set(uint64_t *map, unsigned i)
-{
-	map[i / 64] |= (uint64_t)1 << (i % 64);
-}
-
 #define for_each_bit(i, map)                               \
 	for (unsigned i = 0; i < BLOCK_PAGES; i++)         \
 		if (!bit_test((map), i)) {                 \
@@ -253,7 +243,7 @@ static void targets_drop(struct adopt *a, unsigned from, unsigned to)
 			frame_drop(mm->host, a->to[i], &a->c.dead);
 	table_unlock(w);
 	for (unsigned i = from; i < to; i++)
-		a->own[i / 64] &= ~((uint64_t)1 << i % 64);
+		bit_clear(a->own, i);
 }
 
 /* All of it to its home slots. False: one of them is taken. */
@@ -943,7 +933,7 @@ static int reconcile_block(struct mm *mm, gfn_t base, const uint64_t map[MIRROR_
 		memcpy(now, map, sizeof(now));
 		for (unsigned i = 0; i < BLOCK_PAGES; i++) /* unmapped since */
 			if (!mm_region(mm, gfn_add(base, i)))
-				now[i / 64] &= ~((uint64_t)1 << (i % 64));
+				bit_clear(now, i);
 		r = map_count(now) ? reconcile_held(mm, base, now, rc) : 0;
 		if (r == -ENOMEM && reaps++ < REAPS_MAX && pool_reap(mm->host->pool) > 0)
 			r = -EAGAIN;

@@ -534,11 +534,11 @@ static void table_free(struct family *f, pfn_t table, unsigned level, gfn_t gfn,
 		entry_t e = READ_ONCE(t[i]);
 
 		if (!entry_is_none(e) && child_drop(f, e, level, gfn_add(gfn, i * level_pages(level)), dead))
-			last[i / 64] |= (uint64_t)1 << (i % 64);
+			bit_set(last, i);
 	}
 	table_unlock(w);
 	for (unsigned i = 0; i < LEVEL_ENTRIES; i++)
-		if (last[i / 64] >> (i % 64) & 1)
+		if (bit_test(last, i))
 			table_free(f, entry_pfn(t[i]), level - 1, gfn_add(gfn, i * level_pages(level)), dead);
 	dead_add(pool, dead, table, 0);
 }

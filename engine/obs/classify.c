@@ -48,7 +48,7 @@ static void mark_holes(struct mm *mm, struct holes *h, pfn_t pfn, uint64_t n, ui
 	for (uint64_t i = 0; i < n; i++) {
 		uint64_t at = pfn.v - base.v + i;
 
-		if (!(h->populated[at / 64] >> (at % 64) & 1))
+		if (!bit_test(h->populated, at))
 			map[i] = KAGE_PAGE_UNTOUCHED;
 	}
 }

@@ -160,11 +160,6 @@ struct chunk {
 	ref_t head[LEVEL_ENTRIES];
 };
 
-static inline bool bit_test(const uint64_t *map, unsigned n)
-{
-	return map[n / 64] >> (n % 64) & 1;
-}
-
 #define BATCH_MAX    16
 #define INFLIGHT_MAX 64 /* NOTIFY_CHANGES */
 _Static_assert(INFLIGHT_MAX >= NOTIFY_CHANGES, "every change in flight has a place");

@@ -47,7 +47,7 @@ void watch(struct shadow *s, struct chunk *c, uint64_t *map, gfn_t gfn)
 
 	if (bit_test(map, n))
 		return;
-	map[n / 64] |= (uint64_t)1 << (n % 64);
+	bit_set(map, n);
 	c->watched++;
 	c->live++;
 	chunk_drop_large(s, c);
@@ -62,7 +62,7 @@ void unwatch(struct shadow *s, struct chunk *c, uint64_t *map, gfn_t gfn)
 
 	if (!bit_test(map, n))
 		return;
-	map[n / 64] &= ~((uint64_t)1 << (n % 64));
+	bit_clear(map, n);
 	c->watched--;
 	if (--c->live == 0)
 		chunk_put(s, c);
