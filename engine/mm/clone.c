@@ -33,8 +33,8 @@ struct clone {
 	struct layer *parent_layer, *child_layer; /* parent_layer NULL: it keeps its own */
 	struct regions *parent_set, *child_set;
 	struct dead dead; /* entries of the child that were replaced by copies */
-	struct gfn_range *kept; /* K4: what a mirrored parent does not share */
-	unsigned holes, nkept, kept_room; /* the first `holes` of them are holes */
+	struct gfn_ranges kept; /* K4: what a mirrored parent does not share */
+	unsigned holes;         /* the first of them */
 };
 
 /* -- copying what must not be shared (K2) -------------------------------------------- */
@@ -113,28 +113,15 @@ static int clone_copies(struct clone *k)
 static int keep_range(struct mm *parent, gfn_t start, uint64_t npages, void *arg)
 {
 	struct clone *k = arg;
-	struct env *env = parent->host->env;
-	struct gfn_range *more;
 
-	if (k->nkept == k->kept_room) {
-		more = env_alloc(env, (2 * k->kept_room + 16) * sizeof(*more));
-		if (!more)
-			return -ENOMEM;
-		if (k->nkept)
-			memcpy(more, k->kept, k->nkept * sizeof(*more));
-		env_free(env, k->kept, k->kept_room * sizeof(*more));
-		k->kept = more;
-		k->kept_room = 2 * k->kept_room + 16;
-	}
-	k->kept[k->nkept++] = (struct gfn_range){ start, gfn_add(start, npages) };
-	return 0;
+	return gfn_ranges_add(parent->host->env, &k->kept, start, gfn_add(start, npages));
 }
 
 static int mirror_kept(struct clone *k)
 {
-	int r = mm_own_holes(k->parent, &k->kept, &k->holes, &k->kept_room);
+	int r = mm_own_holes(k->parent, &k->kept);
 
-	k->nkept = k->holes;
+	k->holes = k->kept.n;
 	if (r == 0)
 		r = mm_each_pin(k->parent, keep_range, k); /* copied, not dropped */
 	return r;
@@ -146,7 +133,7 @@ static int child_drop_holes(struct clone *k)
 	int r = 0;
 
 	for (unsigned i = 0; r == 0 && i < k->holes; i++) {
-		gfn_t start = k->kept[i].start, end = k->kept[i].end;
+		gfn_t start = k->kept.r[i].start, end = k->kept.r[i].end;
 
 		r = table_cut(k->child, start);
 		if (r == 0)
@@ -161,9 +148,9 @@ static int child_drop_holes(struct clone *k)
 static int parent_keep_holes(struct clone *k)
 {
 	for (unsigned i = 0; i < k->holes; i++) {
-		gfn_t at = k->kept[i].start;
+		gfn_t at = k->kept.r[i].start;
 
-		while (at.v < k->kept[i].end.v) {
+		while (at.v < k->kept.r[i].end.v) {
 			struct table_locked w;
 			struct cursor c;
 			int r = table_own(k->parent, at, 0, false, &c);
@@ -227,7 +214,7 @@ static int clone_recheck(struct change *c)
 	/* Before the freeze: who sees W reads the frame, and what the guest writes after the freeze is not there. */
 	clone_share_root(k);
 	if (m)
-		r = m->ops->freeze(m, k->kept, k->nkept);
+		r = m->ops->freeze(m, k->kept.r, k->kept.n);
 	if (r == 0)
 		r = child_drop_holes(k);
 	if (r == 0)
@@ -301,7 +288,7 @@ int mm_clone(struct mm *parent, struct mm *child)
 	dead_release(parent->host->pool, &k.dead);
 	brlock_write_drop(&parent->range);
 	brlock_write_drop(&f->lock);
-	env_free(parent->host->env, k.kept, k.kept_room * sizeof(*k.kept));
+	gfn_ranges_free(parent->host->env, &k.kept);
 	if (r)
 		notify_finish(&child->notify);
 	return r;

@@ -961,34 +961,42 @@ int64_t mm_reconcile(struct mm *mm, gfn_t start, gfn_t end, bool adopts)
 
 /* -- holes ----------------------------------------------------------------------------------- */
 
-struct holes {
-	struct mm *mm;
-	struct gfn_range **range;
-	unsigned *n, *room;
-};
-
-static int hole_add(struct holes *h, gfn_t start, gfn_t end)
+int gfn_ranges_add(struct env *env, struct gfn_ranges *list, gfn_t start, gfn_t end)
 {
-	struct env *env = h->mm->host->env;
-	struct gfn_range *last = *h->n ? &(*h->range)[*h->n - 1] : NULL;
-
-	if (last && last->end.v == start.v) {
-		last->end = end;
-		return 0;
-	}
-	if (*h->n == *h->room) {
-		unsigned room = *h->room ? 2 * *h->room : 16;
+	if (list->n == list->room) {
+		unsigned room = list->room ? 2 * list->room : 16;
 		struct gfn_range *more = env_alloc(env, room * sizeof(*more));
 
 		if (!more)
 			return -ENOMEM;
-		if (*h->n)
-			memcpy(more, *h->range, *h->n * sizeof(*more));
-		env_free(env, *h->range, *h->room * sizeof(*more));
-		*h->range = more;
-		*h->room = room;
+		if (list->n)
+			memcpy(more, list->r, list->n * sizeof(*more));
+		env_free(env, list->r, list->room * sizeof(*more));
+		list->r = more;
+		list->room = room;
 	}
-	(*h->range)[(*h->n)++] = (struct gfn_range){ start, end };
+	list->r[list->n++] = (struct gfn_range){ start, end };
+	return 0;
+}
+
+void gfn_ranges_free(struct env *env, struct gfn_ranges *list)
+{
+	env_free(env, list->r, list->room * sizeof(*list->r));
+	*list = (struct gfn_ranges){ 0 };
+}
+
+struct holes {
+	struct mm *mm;
+	struct gfn_ranges *list;
+};
+
+static int hole_add(struct holes *h, gfn_t start, gfn_t end)
+{
+	struct gfn_range *last = h->list->n ? &h->list->r[h->list->n - 1] : NULL;
+
+	if (!last || last->end.v != start.v)
+		return gfn_ranges_add(h->mm->host->env, h->list, start, end);
+	last->end = end;
 	return 0;
 }
 
@@ -1022,9 +1030,9 @@ static int hole_entry(struct holes *h, gfn_t gfn, const struct mm_lookup *l, gfn
 	return r ? r : table_split(mm, c.slot, c.level, gfn);
 }
 
-int mm_own_holes(struct mm *mm, struct gfn_range **out, unsigned *n, unsigned *room)
+int mm_own_holes(struct mm *mm, struct gfn_ranges *out)
 {
-	struct holes h = { .mm = mm, .range = out, .n = n, .room = room };
+	struct holes h = { .mm = mm, .list = out };
 	gfn_t at, next, end;
 	int r = 0;
 

@@ -47,6 +47,16 @@ struct gfn_range {
 	gfn_t start, end;
 };
 
+/* Grows. Zeroed: empty. */
+struct gfn_ranges {
+	struct gfn_range *r;
+	unsigned n, room;
+};
+
+/* 0, -ENOMEM. */
+int gfn_ranges_add(struct env *env, struct gfn_ranges *list, gfn_t start, gfn_t end);
+void gfn_ranges_free(struct env *env, struct gfn_ranges *list);
+
 struct mirror_ops {
 	/*
 	 * The set of regions is about to become `next` (mm->range held for
@@ -164,9 +174,8 @@ bool mm_block_mixed(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l);
 
 /*
  * Runs of 2 MiB blocks that are the guest's own and hold no memory: a clone gives
- * each side holes of its own instead of sharing them. Sorted; *out from env_alloc(),
- * *room its length. mm->range held for writing. -ENOMEM.
+ * each side holes of its own instead of sharing them. Sorted, added to *out. mm->range held for writing. -ENOMEM.
  */
-int mm_own_holes(struct mm *mm, struct gfn_range **out, unsigned *n, unsigned *room);
+int mm_own_holes(struct mm *mm, struct gfn_ranges *out);
 
 #endif
