@@ -24,5 +24,7 @@ int vmm_arch_save(struct vmm *vmm, struct vmm_state *state);
 int vmm_arch_irq(struct vmm *vmm, unsigned gsi, bool level);
 /* The VMM has written guest memory that the guest may read with its caches off. */
 void vmm_arch_wrote(struct vmm *vmm, uint64_t gpa, size_t len);
+/* Registers and pending events of a vCPU at rest, as lines on stdout. */
+void vmm_arch_report(struct vmm_vcpu *vcpu);
 
 #endif

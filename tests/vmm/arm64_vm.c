@@ -9,6 +9,8 @@
  * Interface (DEN 0022).
  */
 #include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -133,4 +135,28 @@ int vmm_vcpu_enter(struct vmm_vcpu *vcpu, const struct vmm_entry *e)
 	if (r == 0 && ioctl(vcpu->fd, KVM_SET_MP_STATE, &runnable) < 0)
 		r = -errno;
 	return r;
+}
+
+void vmm_arch_report(struct vmm_vcpu *vcpu)
+{
+	static const struct {
+		const char *name;
+		uint64_t id;
+	} reg[] = {
+		{"pc", ARM64_CORE(regs.pc)}, {"pstate", ARM64_CORE(regs.pstate)}, {"sp_el1", ARM64_CORE(sp_el1)},
+		{"lr", ARM64_CORE(regs.regs[30])},
+	};
+	struct kvm_mp_state mp = {0};
+	uint64_t value;
+	unsigned i;
+
+	ioctl(vcpu->fd, KVM_GET_MP_STATE, &mp);
+	printf("report: vCPU %u: mp_state %u", vcpu->index, mp.mp_state);
+	for (i = 0; i < sizeof(reg) / sizeof(reg[0]); i++) {
+		struct kvm_one_reg one = {.id = reg[i].id, .addr = (uintptr_t)&value};
+
+		if (ioctl(vcpu->fd, KVM_GET_ONE_REG, &one) == 0)
+			printf(" %s %" PRIx64, reg[i].name, value);
+	}
+	printf("\n");
 }

@@ -54,6 +54,7 @@ struct guest {
 	unsigned proofs;
 	struct proof proof[PROOFS];
 	bool bad;
+	bool stuck, reported; /* its kernel says that a CPU stands still */
 };
 
 static struct options {
@@ -94,6 +95,8 @@ static void parse(struct guest *g)
 		g->proof[g->proofs++] = p;
 	if (strstr(g->line, "KAGE-BAD") || strstr(g->line, "Kernel panic") || strstr(g->line, "BUG:"))
 		g->bad = true;
+	if (strstr(g->line, "rcu: INFO: ") || strstr(g->line, "BUG: soft lockup"))
+		g->stuck = true;
 }
 
 static void end_line(struct guest *g)
@@ -120,6 +123,23 @@ static void serial_out(void *opaque, const void *bytes, size_t n)
 	pthread_mutex_unlock(&g->lock);
 }
 
+/* A triple fault, among others: the guest's other CPUs would wait for that one for ever. */
+static int guest_exit(struct vmm_vcpu *vcpu, struct kvm_run *run, void *opaque)
+{
+	struct guest *g = opaque;
+
+	if (run->exit_reason == KVM_EXIT_IO || run->exit_reason == KVM_EXIT_MMIO)
+		return VMM_CONTINUE;
+	if (run->exit_reason == KVM_EXIT_SYSTEM_EVENT)
+		return VMM_STOP;
+	pthread_mutex_lock(&g->lock);
+	g->bad = g->stuck = true;
+	printf("vmm-linux: %s: vCPU %u: exit reason %u%s\n", g->name, vcpu->index, run->exit_reason,
+	       run->exit_reason == KVM_EXIT_SHUTDOWN ? " (triple fault)" : "");
+	pthread_mutex_unlock(&g->lock);
+	return VMM_STOP;
+}
+
 static bool is_ready(const struct guest *g)
 {
 	return g->cpus != 0;
@@ -135,6 +155,26 @@ static bool proved_twice(const struct guest *g)
 	return g->proofs >= 2;
 }
 
+/* Without the lock. Once a guest: what its vCPUs are doing when its kernel says that one stands still. */
+static void report_stuck(struct guest *g)
+{
+	bool first;
+
+	pthread_mutex_lock(&g->lock);
+	first = g->stuck && !g->reported;
+	g->reported |= first;
+	pthread_mutex_unlock(&g->lock);
+	if (first)
+		vmm_report(g->vmm);
+}
+
+static void report_all(void)
+{
+	for (unsigned i = 0; i <= opt.clones; i++)
+		if (guests[i].vmm)
+			report_stuck(&guests[i]);
+}
+
 /* False: it did not come true before the time ran out, or vCPU 0 ended. */
 static bool wait_for(struct guest *g, bool (*true_of)(const struct guest *), const char *what)
 {
@@ -147,6 +187,9 @@ static bool wait_for(struct guest *g, bool (*true_of)(const struct guest *), con
 		clock_gettime(CLOCK_REALTIME, &until);
 		until.tv_sec++;
 		pthread_cond_timedwait(&g->said, &g->lock, &until);
+		pthread_mutex_unlock(&g->lock);
+		report_all();
+		pthread_mutex_lock(&g->lock);
 	}
 	pthread_mutex_unlock(&g->lock);
 	if (!is)
@@ -200,6 +243,7 @@ static int make_parent(struct guest *g)
 	struct vmm_config config = { .flags = VMM_IRQCHIP | VMM_SERIAL,
 				     .identity = BOOT_IDENTITY,
 				     .serial_out = serial_out,
+				     .exit = guest_exit,
 				     .opaque = g };
 	int err = make_ram(&config.ram);
 
@@ -330,8 +374,11 @@ static bool prove_all(bool (*proved)(const struct guest *))
 
 static bool switch_off(struct guest *g)
 {
-	bool off = send_line(g, "off\n") && !vmm_vcpu_wait(g->vmm->vcpu[0], opt.timeout * 1000);
+	double end = seconds() + opt.timeout;
+	bool off = send_line(g, "off\n");
 
+	while (off && vmm_vcpu_wait(g->vmm->vcpu[0], 1000) && (off = seconds() < end))
+		report_all();
 	check(off && g->vmm->vcpu[0]->result == VMM_STOP, g, "it did not switch off");
 	return off;
 }

@@ -276,6 +276,12 @@ int vmm_read(struct vmm *vmm, uint64_t gpa, void *buf, size_t len);
 int vmm_write(struct vmm *vmm, uint64_t gpa, const void *buf, size_t len);
 void *vmm_ptr(struct vmm *vmm, uint64_t gpa, size_t len); /* NULL: use the two above */
 
+/*
+ * report.c: what threads and vCPUs are doing, as lines on stdout, for a guest that stands still. Parks the VM for a
+ * part of it. Not on a vCPU's thread.
+ */
+void vmm_report(struct vmm *vmm);
+
 /* What vcpu.c does with a kvm_run after KVM_RUN returned 0. Returns enum vmm_result or -errno. */
 int vmm_dispatch(struct vmm_vcpu *vcpu);
 

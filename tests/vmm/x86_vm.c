@@ -3,6 +3,8 @@
  * x86-64: CPUID, the chips of a PC, and the registers of a 64-bit entry.
  */
 #include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -176,4 +178,47 @@ int vmm_vcpu_enter(struct vmm_vcpu *vcpu, const struct vmm_entry *e)
 	if (ioctl(vcpu->fd, KVM_SET_MP_STATE, &runnable) < 0 && errno != EINVAL && errno != ENXIO)
 		return -errno;
 	return 0;
+}
+
+/* -- what a vCPU is doing ----------------------------------------------------------------------- */
+
+/* The bits of an interrupt register of the LAPIC, lowest vector first: eight registers of 32 bits, 16 bytes apart. */
+static void say_vectors(const char *name, const struct kvm_lapic_state *lapic, unsigned at)
+{
+	uint32_t bits;
+	unsigned i;
+
+	printf(" %s", name);
+	for (i = 0; i < 256; i++) {
+		memcpy(&bits, lapic->regs + at + i / 32 * 16, sizeof(bits));
+		if (bits >> i % 32 & 1)
+			printf(" %02x", i);
+	}
+}
+
+void vmm_arch_report(struct vmm_vcpu *vcpu)
+{
+	struct kvm_regs regs = {0};
+	struct kvm_sregs sregs = {0};
+	struct kvm_vcpu_events events = {0};
+	struct kvm_lapic_state lapic = {0};
+	struct kvm_mp_state mp = {0};
+
+	ioctl(vcpu->fd, KVM_GET_REGS, &regs);
+	ioctl(vcpu->fd, KVM_GET_SREGS, &sregs);
+	ioctl(vcpu->fd, KVM_GET_VCPU_EVENTS, &events);
+	ioctl(vcpu->fd, KVM_GET_LAPIC, &lapic);
+	ioctl(vcpu->fd, KVM_GET_MP_STATE, &mp);
+	printf("report: vCPU %u: rip %" PRIx64 " rsp %" PRIx64 " rflags %" PRIx64 " cr2 %" PRIx64 " cr3 %" PRIx64
+	       " cpl %u mp_state %u\n",
+	       vcpu->index, (uint64_t)regs.rip, (uint64_t)regs.rsp, (uint64_t)regs.rflags, (uint64_t)sregs.cr2,
+	       (uint64_t)sregs.cr3, sregs.ss.dpl, mp.mp_state);
+	printf("report: vCPU %u: exception %u/%u nr %u; interrupt %u nr %u soft %u shadow %u; NMI %u pending %u masked %u;"
+	       " SMM %u;",
+	       vcpu->index, events.exception.injected, events.exception.pending, events.exception.nr,
+	       events.interrupt.injected, events.interrupt.nr, events.interrupt.soft, events.interrupt.shadow,
+	       events.nmi.injected, events.nmi.pending, events.nmi.masked, events.smi.smm);
+	say_vectors("ISR", &lapic, 0x100);
+	say_vectors("IRR", &lapic, 0x200);
+	printf("\n");
 }
