@@ -142,6 +142,8 @@ static void use_line(struct leg *leg, const char *line)
 		leg->panic = true;
 	else if ((lockup = strstr(line, "BUG: soft lockup"))) /* of a nested guest's kernel too */
 		lock_up(leg, lockup);
+	else if (strstr(line, "(triple fault)")) /* of a nested guest: test_linux.c */
+		leg->locked = console.enough = true;
 	else if (console.current)
 		test_line(leg, console.current, line);
 }
@@ -214,9 +216,9 @@ unsigned result_look(void *opaque)
 }
 
 /*
- * The machine itself failed, not what ran in it: it reset itself without a word, or its kernel locked up. Both are
- * faults of QEMU's emulation: of SVM, and of code that one CPU changes while another one runs it. Not if a test has
- * failed before: that is not forgotten.
+ * The machine itself failed, not what ran in it: it reset itself without a word (or a nested guest did), or its kernel
+ * locked up. Both are faults of QEMU's emulation: of SVM, and of code that one CPU changes while another one runs it. Not
+ * if a test has failed before: that is not forgotten.
  */
 bool result_machine_failed(const struct leg *leg, enum ended ended)
 {
