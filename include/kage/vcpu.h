@@ -349,12 +349,13 @@ KAGE_HELPER void kage_guest_store(void *to, const void *buf, size_t len)
 	kage_guest_put(to, value, len);
 }
 
-/* Opens a window if none is open; returns what kage_window_close() needs. */
+/* Opens a window if none is open; returns what kage_window_close() needs. Within an enclosing one nothing is stored. */
 KAGE_HELPER uint64_t kage_window_open(struct kage_vcpu_head *h)
 {
 	uint64_t win = __atomic_load_n(&h->win, __ATOMIC_RELAXED);
 
-	__atomic_store_n(&h->win, win | 1, __ATOMIC_RELAXED);
+	if (!(win & 1))
+		__atomic_store_n(&h->win, win + 1, __ATOMIC_RELAXED);
 	KAGE_WINDOW_FENCE();
 	return win;
 }
@@ -362,7 +363,8 @@ KAGE_HELPER uint64_t kage_window_open(struct kage_vcpu_head *h)
 /* An even window moves on to the next even number; an enclosing odd one stays. */
 KAGE_HELPER void kage_window_close(struct kage_vcpu_head *h, uint64_t win)
 {
-	__atomic_store_n(&h->win, win + ((~win & 1) << 1), __ATOMIC_RELEASE);
+	if (!(win & 1))
+		__atomic_store_n(&h->win, win + 2, __ATOMIC_RELEASE);
 }
 
 /* The only entry that can answer for a gva. */
