@@ -149,8 +149,8 @@ int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end);
 int mirror_register(struct kage_kvm *k, const struct run *run);
 /* UFFDIO_REGISTER_MODE_* of a run; 0: not registered. */
 uint64_t mirror_mode(const struct kage_kvm *k, const struct run *run);
-/* Takes what KVM logged into the open logs. k->slots_lock held. */
-int mirror_take_log(struct kage_kvm *k, gfn_t start, gfn_t end);
+/* Takes what KVM logged into the open logs; `left`: as in slots_dirty_but(). k->slots_lock held. */
+int mirror_take_log(struct kage_kvm *k, gfn_t start, gfn_t end, const struct dirty_left *left);
 int mirror_track(struct mirror *m);
 /* Maps one piece. k->lock held. */
 int mirror_map(struct kage_kvm *k, const struct run *want);

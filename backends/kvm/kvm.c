@@ -333,7 +333,7 @@ static int kvm_detach(struct kage_kvm *k)
 	k->mirror.blocks = true;
 	lock_drop(&k->lock);
 	if (mm_dirty_logged(mm))
-		kvm_mirror_ops.harvest(&k->mirror, GFN(0), GFN((uint64_t)1 << GFN_BITS));
+		kvm_mirror_ops.harvest(&k->mirror, GFN(0), GFN((uint64_t)1 << GFN_BITS), NULL);
 	r = mm_adopt_diverged(mm, GFN(0), GFN((uint64_t)1 << GFN_BITS));
 	if (r == 0) {
 		store_release(&mm->mirror, NULL);
@@ -507,7 +507,7 @@ int kage_kvm_sync_dirty(struct kage_kvm *k)
 	if (!k)
 		return -EINVAL;
 	held = brlock_read(&k->mm->family->lock);
-	r = kvm_mirror_ops.harvest(&k->mirror, GFN(0), GFN((uint64_t)1 << GFN_BITS));
+	r = kvm_mirror_ops.harvest(&k->mirror, GFN(0), GFN((uint64_t)1 << GFN_BITS), NULL);
 	brlock_read_drop(&k->mm->family->lock, held);
 	return api_result(k->vm->engine, __func__, 0, 0, r);
 }

@@ -803,18 +803,20 @@ static void mark(void *arg, gfn_t gfn, uint64_t npages)
 }
 
 /* k->slots_lock held. */
-int mirror_take_log(struct kage_kvm *k, gfn_t start, gfn_t end)
+int mirror_take_log(struct kage_kvm *k, gfn_t start, gfn_t end, const struct dirty_left *left)
 {
-	return k->ring ? rings_harvest(&k->rings, &k->slots, mark, k) : slots_dirty(&k->slots, start, end, mark, k);
+	if (k->ring)
+		return rings_harvest(&k->rings, &k->slots, mark, k);
+	return slots_dirty_but(&k->slots, start, end, left, mark, k);
 }
 
-static int mirror_harvest(struct mirror *m, gfn_t start, gfn_t end)
+static int mirror_harvest(struct mirror *m, gfn_t start, gfn_t end, const struct dirty_left *left)
 {
 	struct kage_kvm *k = kvm_of(m);
 	int r;
 
 	lock_take(&k->slots_lock);
-	r = mirror_take_log(k, start, end);
+	r = mirror_take_log(k, start, end, left);
 	lock_drop(&k->slots_lock);
 	return r;
 }

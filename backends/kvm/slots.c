@@ -20,7 +20,8 @@
  *        mark(X)
  *                                                              takes X's mark, reads X
  *
- *      With mark(X) first, the consumer could read X before a write that CLEAR then forgets.
+ *      With mark(X) first, the consumer could read X before a write that CLEAR then forgets. (A page that is left in
+ *      the log is marked without that: a write that the mark does not cover is still in the log.)
  *
  * Locks: none taken; the caller's lock is around all calls on one `struct slots`.
  *
@@ -325,23 +326,31 @@ static int log_clear(struct slots *s, uint32_t index, uint64_t first, uint64_t e
 	return ioctl(s->vmfd, KVM_CLEAR_DIRTY_LOG, &log) < 0 ? -errno : 0;
 }
 
+/* Words [*first, *end) hold all that is set in a slot's bitmap. */
+static void bitmap_span(const struct slots *s, uint32_t index, uint64_t *first, uint64_t *end)
+{
+	uint64_t words = ALIGN_UP(slot_units(s, &s->slot[index]), 64) / 64;
+
+	*first = *end = 0;
+	while (words && !s->bitmap[words - 1])
+		words--;
+	if (!words)
+		return;
+	while (!s->bitmap[*first])
+		++*first;
+	*end = words;
+}
+
 /* Fetches a slot's log and has its pages protected again. Words [*first, *end) hold all that is set. */
 static int log_take(struct slots *s, uint32_t index, uint64_t *first, uint64_t *end)
 {
-	uint64_t words = ALIGN_UP(slot_units(s, &s->slot[index]), 64) / 64;
 	int r = log_get(s, index);
 
 	*first = *end = 0;
 	if (r)
 		return r;
-	while (words && !s->bitmap[words - 1])
-		words--;
-	if (!words)
-		return 0;
-	while (!s->bitmap[*first])
-		++*first;
-	*end = words;
-	return s->clear ? log_clear(s, index, *first, *end) : 0;
+	bitmap_span(s, index, first, end);
+	return s->clear && *first < *end ? log_clear(s, index, *first, *end) : 0;
 }
 
 /* Passes on the runs of set bits of words [first, end); a run may span many words. */
@@ -370,8 +379,37 @@ static void mark_runs(const struct slots *s, uint64_t first, uint64_t end, gfn_t
 		mark(arg, gfn_add(base, from * unit), (to - from) * unit);
 }
 
+/* Marks the pages of `left` among words [first, end), and takes their bits out: they stay in the log. */
+static void leave(struct slots *s, uint64_t first, uint64_t end, gfn_t base, const struct dirty_left *left, slots_mark_fn *mark,
+		  void *arg)
+{
+	for (uint64_t w = first; w < end; w++) {
+		gfn_t gfn = gfn_add(base, w * 64);
+		uint64_t bits = s->bitmap[w] ? s->bitmap[w] & left->word(left, gfn) : 0;
+
+		s->bitmap[w] &= ~bits;
+		for (; bits; bits &= bits - 1)
+			mark(arg, gfn_add(gfn, (unsigned)__builtin_ctzll(bits)), 1);
+	}
+}
+
+/* log_take(), but for what is left. */
+static int log_take_but(struct slots *s, uint32_t index, const struct dirty_left *left, uint64_t *first, uint64_t *end,
+			slots_mark_fn *mark, void *arg)
+{
+	int r = log_get(s, index);
+
+	*first = *end = 0;
+	if (r)
+		return r;
+	bitmap_span(s, index, first, end);
+	leave(s, *first, *end, s->slot[index].gfn, left, mark, arg);
+	bitmap_span(s, index, first, end);
+	return *first < *end ? log_clear(s, index, *first, *end) : 0;
+}
+
 /* All that may have been written in a slot. Without a log, or if KVM does not give it, that is all of it. */
-static int slot_dirty(struct slots *s, uint32_t index, slots_mark_fn *mark, void *arg)
+static int slot_dirty(struct slots *s, uint32_t index, const struct dirty_left *left, slots_mark_fn *mark, void *arg)
 {
 	const struct slot *slot = &s->slot[index];
 	uint64_t first, end;
@@ -383,7 +421,10 @@ static int slot_dirty(struct slots *s, uint32_t index, slots_mark_fn *mark, void
 		mark(arg, slot->gfn, slot->npages);
 		return 0;
 	}
-	r = log_take(s, index, &first, &end);
+	if (left && s->clear && s->config.unit == 1)
+		r = log_take_but(s, index, left, &first, &end, mark, arg);
+	else
+		r = log_take(s, index, &first, &end);
 	if (r) {
 		env_log(s->env, KAGE_LOG_ERROR, "kvm: dirty log of slot %u: %d", s->config.first + index, r);
 		mark(arg, slot->gfn, slot->npages);
@@ -395,6 +436,11 @@ static int slot_dirty(struct slots *s, uint32_t index, slots_mark_fn *mark, void
 
 int slots_dirty(struct slots *s, gfn_t start, gfn_t end, slots_mark_fn *mark, void *arg)
 {
+	return slots_dirty_but(s, start, end, NULL, mark, arg);
+}
+
+int slots_dirty_but(struct slots *s, gfn_t start, gfn_t end, const struct dirty_left *left, slots_mark_fn *mark, void *arg)
+{
 	int err = 0;
 
 	if (!s->logging)
@@ -404,7 +450,7 @@ int slots_dirty(struct slots *s, gfn_t start, gfn_t end, slots_mark_fn *mark, vo
 
 		if (s->slot[s->order[i]].gfn.v >= end.v)
 			break;
-		r = slot_dirty(s, s->order[i], mark, arg);
+		r = slot_dirty(s, s->order[i], left, mark, arg);
 		err = err ? err : r;
 	}
 	return err;

@@ -12,6 +12,7 @@
 #include <kage/kvm.h>
 #include "base/addr.h"
 #include "base/env.h"
+#include "mm/dirty.h"
 
 struct slot {
 	gfn_t gfn;
@@ -92,6 +93,12 @@ int slots_log(struct slots *s, bool on);
  * are marked. Returns 0, or the first such refusal (logged). Nothing happens while logging is off.
  */
 int slots_dirty(struct slots *s, gfn_t start, gfn_t end, slots_mark_fn *mark, void *arg);
+/*
+ * The same, but pages of `left` (NULL: none) are only marked: KVM does not protect them again, so the guest's next write
+ * to one costs it nothing, and the log still has it. (Where KVM_GET_DIRTY_LOG clears the log, for the VMM has not enabled
+ * KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, it has protected them already.)
+ */
+int slots_dirty_but(struct slots *s, gfn_t start, gfn_t end, const struct dirty_left *left, slots_mark_fn *mark, void *arg);
 
 /* The first page of unit `offset` of slot `id` as dirty rings name it, whatever its address space. False: not one of ours. */
 bool slots_gfn(const struct slots *s, uint32_t id, uint64_t offset, gfn_t *gfn);

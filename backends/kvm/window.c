@@ -305,7 +305,7 @@ static void spans_commit(struct kage_kvm *k)
 
 	/* What KVM has logged of slots that are made anew would go with them. */
 	if (k->slots.logging)
-		mirror_take_log(k, GFN(0), GFN((uint64_t)1 << GFN_BITS));
+		mirror_take_log(k, GFN(0), GFN((uint64_t)1 << GFN_BITS), NULL);
 
 	for (unsigned i = 0; i < k->spans.count; i++)
 		if (!spans_have(&k->next, &k->spans.span[i]))

@@ -7,8 +7,12 @@
  * its mappings does. The peer: the same guests on plain anonymous memory that is
  * advised MERGEABLE, and ksmd.
  *
- *	warm up | as it is | merging | warm up | as it is | passes that find nothing | stop | read all, write
- *all
+ *	warm up | as it is | merging | warm up | passes that find nothing | as it is | stop | read all, write all
+ *
+ * Flat out first, step after step; then, with other guests, in steps that the advisor paces
+ * (KAGE_BUDGET_ADVISED), all of its settings at their defaults: `-advised`. There the pages are made known by one pass
+ * that reads nothing, and merging is watched for some seconds or until all is merged; the rest of it is done flat out. The
+ * passes that find nothing are watched for longer than one of them takes.
  *
  * Afterwards each equal page is written once: the kernel's break of a page that is
  * mapped MAP_PRIVATE from the pool, against that of a plain MAP_PRIVATE memfd.
@@ -30,6 +34,9 @@
 #define PASSES_MAX 64
 #define WAIT_MS	   600000
 #define WINDOW_NS  (form.smoke ? 20e6 : 400e6) /* CPU time of each guest in which its speed is measured */
+#define ADVISED_MS (form.smoke ? 50 : 8000)     /* in which merging is watched */
+#define SCAN_MSEC  (form.smoke ? 20 : 0)        /* of a pass; 0: the default, ten seconds */
+#define PASS_MS	   (form.smoke ? 200 : 21000)   /* in which at least one begins and ends */
 
 /* What guests have done, and the CPU time that took. */
 struct gauge {
@@ -51,6 +58,9 @@ struct figures {
 	struct series before, merging; /* ns an iteration */
 	struct series after, passes;   /* ns an iteration */
 	struct series loss;	       /* us of the guests' CPU a merged page */
+	/* advised: ns an iteration */
+	struct series calm_before, calm_merging, calm_after, calm_passes;
+	double calm_pages, calm_seconds; /* merged in what time, all repetitions */
 	struct series cow;	       /* ns a write */
 	double saved;
 };
@@ -232,6 +242,37 @@ static void merge_ours(struct pair *p, struct figures *f)
 	series_add(&f->merging, speed(&begin, &end));
 }
 
+/* A step, when the advisor wants one. `wait`: microseconds until the next. */
+static uint64_t advised_step(struct pair *p, uint64_t *merged, uint64_t *wait)
+{
+	struct kage_progress progress = {.size = sizeof(progress)};
+
+	must(kage_engine_step(p->guest[0]->engine, KAGE_CFG(kage_budget, .flags = KAGE_BUDGET_ADVISED), &progress), "step");
+	*merged += progress.pages_merged;
+	*wait = progress.wait_usec;
+	return progress.passes;
+}
+
+/* ns an iteration while advised steps are made for so long, or until all is merged. */
+static double advise(struct pair *p, double ms, uint64_t *merged, uint64_t *passes, double *seconds)
+{
+	struct gauge begin = gauge(p), end;
+	double start = wall_ns(), left = ms * 1e6;
+	uint64_t wait, before = *merged, first = advised_step(p, merged, &wait), now = first;
+
+	while (left > 0 && *merged < p->equal) {
+		if (wait)
+			usleep((useconds_t)(wait * 1e3 > left ? left / 1e3 + 1 : (double)wait));
+		now = advised_step(p, merged, &wait);
+		left = ms * 1e6 - (wall_ns() - start);
+	}
+	end = gauge(p);
+	*passes = now - first;
+	*seconds = (wall_ns() - start) / 1e9;
+	check(p, *merged > before || *merged >= p->equal || *passes > 0, "advised steps did nothing");
+	return speed(&begin, &end);
+}
+
 static void merge_theirs(struct pair *p, struct figures *f)
 {
 	struct ksm_counts first = ksm_counts(), now = first;
@@ -320,6 +361,40 @@ static bool turn(uint64_t bytes, bool ours, struct figures *f)
 	return p.ok && (ours || ksm_clean());
 }
 
+/* The same in advised steps. */
+static bool turn_advised(uint64_t bytes, struct figures *f)
+{
+	struct pair p = pair_create(bytes, true);
+	uint64_t merged = 0, found = p.equal - 1, passes;
+	double seconds;
+
+	start(&p);
+	warm_up(&p);
+	series_add(&f->calm_before, watch(&p, NULL));
+	must(kage_engine_tune(p.guest[0]->engine,
+			      KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE, .scan_msec = (uint32_t)SCAN_MSEC)),
+	     "tune");
+	one_pass(&p);
+	series_add(&f->calm_merging, advise(&p, ADVISED_MS, &merged, &passes, &seconds));
+	check(&p, merged > 0, "nothing was merged in advised steps");
+	f->calm_pages += (double)merged;
+	f->calm_seconds += seconds;
+	for (unsigned i = 0; merged < p.equal && i < PASSES_MAX; i++)
+		pass(&p, &merged);
+	check(&p, merged >= p.equal, "Kage did not merge all equal pages");
+	subject_settle(p.guest[0]);
+	warm_up(&p);
+	series_add(&f->calm_passes, advise(&p, PASS_MS, &found, &passes, &seconds));
+	check(&p, passes >= 1 && found == p.equal - 1, "no pass, or one that found something");
+	tune(&p, 0);
+	series_add(&f->calm_after, watch(&p, NULL));
+	stop(&p);
+	check_contents(&p, false);
+	check(&p, subject_sound(p.guest[0]), "the audit found something");
+	pair_destroy(&p);
+	return p.ok;
+}
+
 /* The guest's break of a plain MAP_PRIVATE page. */
 static bool private_turn(uint64_t bytes, struct series *s)
 {
@@ -344,8 +419,7 @@ static bool private_turn(uint64_t bytes, struct series *s)
 /* -- rows --------------------------------------------------------------------------------------------- */
 
 static void speed_row(const char *name, bool ok, const struct series *s, const struct series *undisturbed,
-		      const struct figures *peer, const struct series *theirs,
-		      const struct series *theirs_alone)
+		      const char *how, const struct series *theirs, const struct series *theirs_alone)
 {
 	struct row row = {.name = name,
 			  .unit = "ns",
@@ -354,17 +428,19 @@ static void speed_row(const char *name, bool ok, const struct series *s, const s
 			  .limit = 0.97,
 			  .isvoid = !ok};
 
-	row_note(&row, "an iteration of the guests");
-	if (peer->cpu.n)
-		row_note(&row, "an iteration of the guests; with ksmd %.0f ns, %.2f of undisturbed",
+	row_note(&row, "an iteration of the guests, %s", how);
+	if (theirs && theirs->n)
+		row_note(&row, "an iteration of the guests, %s; with ksmd %.0f ns, %.2f of undisturbed", how,
 			 series_median(theirs), series_median(theirs_alone) / series_median(theirs));
 	finish_row(&row, s, undisturbed);
 }
 
 void bench_merge_kvm(const struct bench *b)
 {
-	static const char *const names[] = {"kvm",	     "kvm-guest-merging", "kvm-guest-passes",
-					    "cow-break-kvm", "kvm-guest-loss",	  NULL};
+	static const char *const names[] = {"kvm",	     "kvm-guest-merging",	  "kvm-guest-passes",
+					    "cow-break-kvm", "kvm-guest-loss",		  "kvm-guest-merging-advised",
+					    "kvm-guest-passes-advised", NULL};
+	char paced[96];
 	uint64_t bytes = form.smoke ? 16 * MIB : 256 * MIB;
 	unsigned reps = form.smoke ? 1 : b->quick ? 1 : 5;
 	struct row row = {.name = names[0], .unit = "ns", .peer = "ksmd", .goal = GOAL_RATIO, .limit = 1};
@@ -383,6 +459,7 @@ void bench_merge_kvm(const struct bench *b)
 	for (unsigned i = 0; i < reps; i++) {
 		ok &= turn(bytes, true, &ours);
 		ok &= private_turn(bytes, &plain);
+		ok &= turn_advised(bytes, &ours);
 		if (!form.alone)
 			ok &= turn(bytes, false, &peer);
 	}
@@ -397,8 +474,12 @@ void bench_merge_kvm(const struct bench *b)
 		    "a guest's first write to each merged page, after it has read it; of a KSM page %.0f ns",
 		    series_median(&peer.cow));
 	finish_row(&row, &ours.cpu, &peer.cpu);
-	speed_row(names[1], ok, &ours.merging, &ours.before, &peer, &peer.merging, &peer.before);
-	speed_row(names[2], ok, &ours.passes, &ours.after, &peer, &peer.passes, &peer.after);
+	speed_row(names[1], ok, &ours.merging, &ours.before, "merged flat out", &peer.merging, &peer.before);
+	speed_row(names[2], ok, &ours.passes, &ours.after, "one pass after the other", &peer.passes, &peer.after);
+	snprintf(paced, sizeof(paced), "merged at the default pace: %.0f MiB in %.1f s", ours.calm_pages * PAGE / MIB,
+		 ours.calm_seconds);
+	speed_row(names[5], ok, &ours.calm_merging, &ours.calm_before, paced, NULL, NULL);
+	speed_row(names[6], ok, &ours.calm_passes, &ours.calm_after, "passes at the default pace", NULL, NULL);
 	finish_row(&cow, &ours.cow, &plain);
 	row_note(&lost, "CPU of the guests' threads for each saved frame, from the begin of merging until "
 			"all was read again, less what "

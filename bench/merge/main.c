@@ -19,7 +19,7 @@ struct form form;
 #ifndef BENCH_KVM
 void bench_merge_kvm(const struct bench *b)
 {
-	static const char *const names[] = {"kvm",	     "kvm-guest-merging", "kvm-guest-passes",
+	static const char *const names[] = {"kvm",	     "kvm-guest-merging", "kvm-guest-merging-advised", "kvm-guest-passes", "kvm-guest-passes-advised",
 					    "cow-break-kvm", "kvm-guest-loss",	  NULL};
 
 	if (!skip_case(names))

@@ -234,7 +234,7 @@ static int step_merge(struct kage_engine *e, const struct kage_budget *b, struct
 	int r;
 
 	if (!(b->flags & KAGE_BUDGET_ADVISED))
-		return merge_step(&e->merge, b->pages, b->usec, &p->pages_scanned, &p->pages_merged, more);
+		return merge_step(&e->merge, b->pages, b->usec, UINT64_MAX, &p->pages_scanned, &p->pages_merged, more);
 	r = pace_step(&e->pace, &e->merge, b->pages, b->usec, &p->pages_scanned, &p->pages_merged, more, &paced);
 	p->pages_budget = paced.budget;
 	p->wait_usec = (paced.wait + 999) / 1000;
@@ -336,7 +336,7 @@ static bool tune_valid(const struct kage_tune *t)
 {
 	if (t->flags & ~(uint32_t)(KAGE_TUNE_MERGE | KAGE_TUNE_NO_BACKOFF) || t->no_zero_pages > 1 || t->max_sharing == 1)
 		return false;
-	if (t->backoff > BACKOFF_MOST || t->reserved)
+	if (t->backoff > BACKOFF_MOST)
 		return false;
 	return t->cpu_share <= SHARE_MAX && t->scan_msec <= SCAN_MSEC_MAX && (!t->max_pages || t->min_pages <= t->max_pages);
 }
@@ -355,7 +355,7 @@ int kage_engine_tune(struct kage_engine *e, const struct kage_tune *tune)
 	config_copy(&t, tune, sizeof(t));
 	if (!tune_valid(&t))
 		return api_result(e, __func__, 0, 0, -EINVAL);
-	pace_tune(&e->pace, t.cpu_share, (uint64_t)t.scan_msec * 1000000, t.min_pages, t.max_pages);
+	pace_tune(&e->pace, t.cpu_share, (uint64_t)t.scan_msec * 1000000, t.min_pages, t.max_pages, t.moved_pages);
 	backoff = t.flags & KAGE_TUNE_NO_BACKOFF ? 0 : t.backoff ? t.backoff : BACKOFF_DEFAULT;
 	merge_tune(&e->merge, t.flags & KAGE_TUNE_MERGE, t.no_zero_pages, t.max_sharing, backoff);
 	engine_due(e);

@@ -9,11 +9,20 @@
 #define COST_WEIGHT 8 /* a step counts for 1/8 */
 #define COST_FIRST ((uint64_t)1000 * COST_ONE) /* until something has been measured */
 #define WAIT_MAX SECOND
+#define MOVES_AT_ONCE 4 /* a second's part of them that may come at once */
+#define MOVES_OWED 60	/* seconds' worth */
+
+static int64_t moves_most(const struct advisor *a)
+{
+	return (int64_t)MAX(a->moves / MOVES_AT_ONCE, (uint64_t)1);
+}
 
 void advisor_init(struct advisor *a)
 {
 	memset(a, 0, sizeof(*a));
 	advisor_tune(a, 0, 0, 0, 0);
+	advisor_tune_moved(a, 0);
+	a->ready = moves_most(a);
 }
 
 void advisor_tune(struct advisor *a, uint32_t share, uint64_t scan, uint64_t min_pages, uint64_t max_pages)
@@ -22,6 +31,32 @@ void advisor_tune(struct advisor *a, uint32_t share, uint64_t scan, uint64_t min
 	a->scan = scan ? scan : ADVISOR_SCAN;
 	a->min_pages = min_pages ? min_pages : ADVISOR_MIN_PAGES;
 	a->max_pages = max_pages ? max_pages : MAX(ADVISOR_MAX_PAGES, a->min_pages);
+}
+
+void advisor_tune_moved(struct advisor *a, uint64_t moves)
+{
+	a->moves = moves ? moves : ADVISOR_MOVES;
+}
+
+uint64_t advisor_moves(const struct advisor *a)
+{
+	return MAX(a->ready, (int64_t)a->min_pages);
+}
+
+/* A4 */
+void advisor_moved(struct advisor *a, uint64_t pages)
+{
+	int64_t most = (int64_t)(MOVES_OWED * a->moves);
+
+	a->ready = MAX(a->ready - (int64_t)MIN(pages, (uint64_t)most), -most);
+}
+
+static void earn_moves(struct advisor *a, uint64_t gap)
+{
+	unsigned __int128 earned = (unsigned __int128)MIN(gap, 2 * MOVES_OWED * SECOND) * a->moves + a->rest;
+
+	a->rest = (uint64_t)(earned % SECOND);
+	a->ready = MIN(a->ready + (int64_t)(earned / SECOND), moves_most(a));
 }
 
 /* The share of a span; spans are at most some seconds. */
@@ -61,6 +96,7 @@ uint64_t advisor_pages(struct advisor *a, uint64_t now, const struct advisor_wor
 	uint64_t pages;
 
 	a->credit = MIN(a->credit + earned(a, MIN(gap, SECOND)), earned(a, SECOND));
+	earn_moves(a, gap);
 	a->last = now;
 	if (nothing_due(a, now, w))
 		return 0;
@@ -102,11 +138,19 @@ static uint64_t wait_by_share(const struct advisor *a)
 	return need > a->credit ? (uint64_t)(need - a->credit) * 100 / a->share : 0;
 }
 
+/* Until a good part of what may come at once may. */
+static uint64_t wait_by_moves(const struct advisor *a)
+{
+	int64_t need = MAX(moves_most(a) / 4, (int64_t)1);
+
+	return a->ready < need ? (uint64_t)((unsigned __int128)(need - a->ready) * SECOND / a->moves) : 0;
+}
+
 uint64_t advisor_wait(const struct advisor *a, uint64_t now, const struct advisor_work *w)
 {
 	if (!a->begun)
 		return 0;
 	if (nothing_due(a, now, w))
 		return pass_end(a) - now;
-	return MIN(MAX(wait_by_time(a, now, w), wait_by_share(a)), WAIT_MAX);
+	return MIN(MAX(MAX(wait_by_time(a, now, w), wait_by_share(a)), wait_by_moves(a)), WAIT_MAX);
 }

@@ -7,17 +7,27 @@
 #define LEVEL_MAX 8 /* 2^7 passes are more than BACKOFF_MOST */
 _Static_assert((1u << (LEVEL_MAX - 1)) > BACKOFF_MOST && BACKOFF_MOST < 127, "a level says enough, and pass numbers mod 256 too");
 
-uint64_t backoff_off(struct backoff *b, unsigned word, uint64_t pass)
+uint64_t backoff_stays(const struct backoff *b, unsigned word, uint64_t pass)
 {
-	if (!b)
-		return 0;
-	for (uint64_t bits = b->off[word]; bits; bits &= bits - 1) {
+	uint64_t off = b ? b->off[word] : 0;
+
+	for (uint64_t bits = off; bits; bits &= bits - 1) {
 		unsigned i = (unsigned)__builtin_ctzll(bits);
 
 		if ((int8_t)((uint8_t)pass - b->until[word * 64 + i]) >= 0)
-			b->off[word] &= ~((uint64_t)1 << i);
+			off &= ~((uint64_t)1 << i);
 	}
-	return b->off[word];
+	return off;
+}
+
+uint64_t backoff_off(struct backoff *b, unsigned word, uint64_t pass, uint64_t *back)
+{
+	uint64_t before = b ? b->off[word] : 0, off = backoff_stays(b, word, pass);
+
+	*back = before & ~off;
+	if (*back)
+		b->off[word] = off;
+	return off;
 }
 
 void backoff_failed(struct env *env, struct backoff **b, unsigned word, uint64_t pages, uint64_t pass, unsigned most)

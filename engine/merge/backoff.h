@@ -36,7 +36,9 @@ struct backoff {
 };
 
 /* Pages of a word that this pass leaves alone. `b` may be NULL. */
-uint64_t backoff_off(struct backoff *b, unsigned word, uint64_t pass);
+uint64_t backoff_stays(const struct backoff *b, unsigned word, uint64_t pass);
+/* The same, when the pass comes to them. *back: those that the last one left alone, and this one does not. */
+uint64_t backoff_off(struct backoff *b, unsigned word, uint64_t pass, uint64_t *back);
 /* Tries that have failed in this pass. Without memory they are simply tried again. */
 void backoff_failed(struct env *env, struct backoff **b, unsigned word, uint64_t pages, uint64_t pass, unsigned most);
 /* Tries that have lasted. Frees *b if nothing is left to remember. */

@@ -12,6 +12,9 @@
  * Nothing here walks bitmaps of memory that nobody wrote and in which nothing waits: scan.c visits
  * chunks with a mark in the log, and those that are `busy`.
  *
+ * Pages that are left alone need not fault at every write either: a mirror's log keeps their bits from one harvest to the
+ * next, so they count as written until a pass takes them in which they may be tried again. That they were then says nothing.
+ *
  * Invariants:
  *  Q1  a page is looked at only if nobody wrote it during one whole pass; memory of a hint: between
  *      two visits of the hint, or at once if the hint says that it is final.
@@ -146,6 +149,44 @@ static void forget_written(struct merge *m, struct mm *mm, gfn_t base, const uin
 	}
 }
 
+/* -- what need not be heard of --------------------------------------------------------------- */
+
+struct left_alone {
+	struct dirty_left left;
+	struct merge *m;
+	const struct merge_mm *g;
+};
+
+/* Of one word of a chunk, those that this pass leaves alone. */
+static uint64_t word_left(const struct left_alone *l, gfn_t gfn)
+{
+	const struct merge_mm *g = l->g;
+	uint64_t index = gfn.v >> MERGE_CHUNK_SHIFT;
+	uint32_t at = chunk_search(g, index);
+	struct merge_chunk *c = at < g->chunks ? g->chunk[at] : NULL;
+	unsigned word = gfn.v % MERGE_CHUNK_PAGES / 64;
+
+	if (!c || c->index != index || c->taken)
+		return 0;
+	return backoff_stays(c->backoff[word / GROUP_WORDS], word % GROUP_WORDS, atomic_load(&l->m->passes));
+}
+
+static uint64_t pages_left(const struct dirty_left *left, gfn_t gfn)
+{
+	const struct left_alone *l = container_of(left, struct left_alone, left);
+	unsigned shift = gfn.v % 64;
+	uint64_t bits = word_left(l, GFN(gfn.v - shift)) >> shift;
+
+	return shift ? bits | word_left(l, GFN(gfn.v - shift + 64)) << (64 - shift) : bits;
+}
+
+int merge_fetch(struct merge *m, struct merge_mm *g)
+{
+	struct left_alone l = { .left.word = pages_left, .m = m, .g = g };
+
+	return dirty_fetch(g->log, &l.left);
+}
+
 /* -- a visit ------------------------------------------------------------------------------- */
 
 static unsigned bits(uint64_t word)
@@ -156,6 +197,7 @@ static unsigned bits(uint64_t word)
 /* What one word of a visit comes to. */
 struct tally {
 	bool on_end; /* the last pass has left something to do, so this one follows in its own time */
+	bool mirror; /* pages that were left alone until now may be dirty, whether they were written or not */
 	uint64_t failed, off, waiting, rest;
 };
 
@@ -165,8 +207,8 @@ static void word_pass(struct merge *m, struct merge_chunk *c, unsigned w, uint64
 	struct backoff **b = &c->backoff[w / GROUP_WORDS];
 	uint64_t pass = atomic_load(&m->passes), quiet = (c->pending[w] | c->later[w]) & ~dirty;
 	uint64_t tried = c->tried[w], recent = t->on_end && c->tried_pass + 1 == pass ? tried : 0;
-	uint64_t off = backoff_off(*b, w % GROUP_WORDS, pass);
-	uint64_t failed = m->backoff ? dirty & (c->pending[w] | recent) & ~off : 0;
+	uint64_t back, off = backoff_off(*b, w % GROUP_WORDS, pass, &back);
+	uint64_t failed = m->backoff ? dirty & (c->pending[w] | recent) & ~(t->mirror ? off | back : off) : 0;
 
 	t->failed += bits(m->backoff ? failed : dirty & c->pending[w]);
 	t->off += bits(off);
@@ -246,7 +288,7 @@ static bool any_backoff(const struct merge_chunk *c)
 static void visit_pass(struct scanner *s, struct merge_chunk *c)
 {
 	struct merge *m = s->m;
-	struct tally t = { .on_end = atomic_load(&m->waiting) != 0 };
+	struct tally t = { .on_end = atomic_load(&m->waiting) != 0, .mirror = s->mm->mirror != NULL };
 
 	for (unsigned w = 0; w < MERGE_CHUNK_WORDS; w++)
 		if (s->dirty[w] | c->pending[w] | c->later[w] | c->tried[w] || c->backoff[w / GROUP_WORDS])
@@ -293,7 +335,7 @@ int chunk_visit(struct scanner *s, const struct work *w)
 /* Up to `limit` pages of an open chunk, 2 MiB at a time. Returns the number it spent, or -errno. */
 int64_t chunk_batch(struct scanner *s, struct merge_chunk *c, uint64_t limit)
 {
-	uint64_t spent = 0, later = 0;
+	uint64_t spent = 0, later = 0, left = 0;
 	int r = 0;
 
 	for (unsigned w = 0; w < MERGE_CHUNK_WORDS; w += GROUP_WORDS) {
@@ -326,6 +368,8 @@ int64_t chunk_batch(struct scanner *s, struct merge_chunk *c, uint64_t limit)
 		if (r)
 			return r;
 	}
-	c->open = false;
+	for (unsigned i = MERGE_CHUNK_WORDS - GROUP_WORDS; i < MERGE_CHUNK_WORDS; i++)
+		left |= c->todo[i]; /* the limit may have come within the last group */
+	c->open = left != 0;
 	return (int64_t)spent;
 }

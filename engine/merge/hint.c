@@ -163,6 +163,7 @@ static void hint_over(struct merge *m, struct merge_hint *h, uint64_t step)
 		return;
 	}
 	h->armed = true;
+	h->fetched = false;
 	h->step = step;
 	h->at = h->start;
 }
@@ -178,6 +179,10 @@ int hint_take(struct merge *m, struct work *w)
 		w->held = brlock_read(&h->mm->family->lock);
 		if (!h->mm->merge)
 			r = merge_attach(m, h->mm);
+		if (r == 0 && !h->fetched) {
+			r = merge_fetch(m, h->mm->merge);
+			h->fetched = r == 0;
+		}
 		if (r == 0)
 			r = hint_next(m, h, w);
 		if (w->mm)

@@ -118,6 +118,7 @@ struct merge_hint {
 	struct mm *mm;
 	bool final;     /* its contents need not be quiet first */
 	bool armed;     /* not final: what was written up to `step` is known, and looked at in a later one */
+	bool fetched;   /* the mirror's log has been, in this round */
 	uint64_t step;
 	gfn_t start, end, at;
 	struct merge_chunk *chunk; /* where it is; NULL: at the next */
@@ -143,6 +144,7 @@ struct merge {
 	_Atomic uint64_t steps;
 	/* counters */
 	_Atomic uint64_t passes, scanned;
+	_Atomic uint64_t moved; /* pages of mirrored guests whose mappings were replaced, ever */
 	_Atomic uint64_t volatiles, skipped, backed_off; /* of the last pass */
 	_Atomic uint64_t volatiles_pass, skipped_pass, backed_off_pass;
 	_Atomic uint64_t visits; /* walks of a chunk's bitmaps, ever */
@@ -173,9 +175,10 @@ uint64_t merge_bytes(struct merge *m);
 void merge_forget(struct merge *m, struct mm *mm);
 /*
  * Spends a budget: `pages` and `usec`, 0: no limit, both 0: to the end of the
- * pass. Adds to scanned and merged; *more: the pass is not over. -ENOMEM. Threads
+ * pass. `moved`: it ends when so many pages of mirrored guests have been given other mappings, by any thread; checked
+ * between batches. Adds to scanned and merged; *more: the pass is not over. -ENOMEM. Threads
  * that step at once share the pass; who finds nothing left to take returns with *more.
  */
-int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t *scanned, uint64_t *merged, bool *more);
+int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t moved, uint64_t *scanned, uint64_t *merged, bool *more);
 
 #endif

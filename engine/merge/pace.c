@@ -13,10 +13,11 @@ void pace_init(struct pace *p)
 	advisor_init(&p->advisor);
 }
 
-void pace_tune(struct pace *p, uint32_t share, uint64_t scan_ns, uint32_t min_pages, uint32_t max_pages)
+void pace_tune(struct pace *p, uint32_t share, uint64_t scan_ns, uint32_t min_pages, uint32_t max_pages, uint32_t moved_pages)
 {
 	lock_take(&p->lock);
 	advisor_tune(&p->advisor, share, scan_ns, min_pages, max_pages);
+	advisor_tune_moved(&p->advisor, moved_pages);
 	lock_drop(&p->lock);
 }
 
@@ -54,7 +55,7 @@ static struct advisor_work work_left(struct pace *p, const struct state *now)
 	};
 }
 
-static uint64_t pace_budget(struct pace *p, struct merge *m)
+static uint64_t pace_budget(struct pace *p, struct merge *m, uint64_t *moved)
 {
 	struct state state = merge_state(m);
 	uint64_t now = env_now(m->host->env, KAGE_CLOCK_WALL), pages = 0;
@@ -64,6 +65,7 @@ static uint64_t pace_budget(struct pace *p, struct merge *m)
 	w = work_left(p, &state);
 	if (READ_ONCE(m->on))
 		pages = advisor_pages(&p->advisor, now, &w);
+	*moved = advisor_moves(&p->advisor);
 	lock_drop(&p->lock);
 	return pages;
 }
@@ -71,6 +73,7 @@ static uint64_t pace_budget(struct pace *p, struct merge *m)
 /* Returns how long to wait. */
 static uint64_t pace_paid(struct pace *p, struct merge *m, uint64_t cpu, uint64_t spent)
 {
+	uint64_t moved = atomic_load(&m->moved);
 	struct state state = merge_state(m);
 	uint64_t now = env_now(m->host->env, KAGE_CLOCK_WALL), wait;
 	struct advisor_work w;
@@ -78,6 +81,8 @@ static uint64_t pace_paid(struct pace *p, struct merge *m, uint64_t cpu, uint64_
 	lock_take(&p->lock);
 	p->spent += spent;
 	advisor_paid(&p->advisor, cpu, spent);
+	advisor_moved(&p->advisor, moved - p->moved);
+	p->moved = moved;
 	w = work_left(p, &state);
 	wait = READ_ONCE(m->on) ? advisor_wait(&p->advisor, now, &w) : p->advisor.scan;
 	lock_drop(&p->lock);
@@ -87,16 +92,16 @@ static uint64_t pace_paid(struct pace *p, struct merge *m, uint64_t cpu, uint64_
 int pace_step(struct pace *p, struct merge *m, uint64_t pages, uint64_t usec, uint64_t *scanned, uint64_t *merged,
 	      bool *more, struct paced *out)
 {
-	uint64_t cpu, spent = 0;
+	uint64_t cpu, moved, spent = 0;
 	int r = 0;
 
 	*more = false;
-	out->budget = pace_budget(p, m);
+	out->budget = pace_budget(p, m, &moved);
 	if (pages && out->budget > pages)
 		out->budget = pages;
 	cpu = env_now(m->host->env, KAGE_CLOCK_THREAD);
 	if (out->budget)
-		r = merge_step(m, out->budget, usec, &spent, merged, more);
+		r = merge_step(m, out->budget, usec, moved, &spent, merged, more);
 	cpu = env_now(m->host->env, KAGE_CLOCK_THREAD) - cpu;
 	out->wait = pace_paid(p, m, out->budget ? cpu : 0, spent);
 	*scanned += spent;

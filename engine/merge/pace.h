@@ -16,10 +16,11 @@ struct pace {
 	struct lock lock;
 	struct advisor advisor;
 	uint64_t pass, spent; /* pages that steps have spent in this pass */
+	uint64_t moved;       /* merge->moved, as far as it has been paid for */
 };
 
 void pace_init(struct pace *p);
-void pace_tune(struct pace *p, uint32_t share, uint64_t scan_ns, uint32_t min_pages, uint32_t max_pages);
+void pace_tune(struct pace *p, uint32_t share, uint64_t scan_ns, uint32_t min_pages, uint32_t max_pages, uint32_t moved_pages);
 
 /* What is known before and after a step. */
 struct paced {

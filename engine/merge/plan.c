@@ -85,6 +85,7 @@ struct side {
 	struct place *place;
 	unsigned count, room;
 	unsigned first, end; /* live pages lie in there */
+	unsigned mirrored;   /* places in guests that have a mirror */
 };
 
 struct plan {
@@ -268,14 +269,15 @@ static int places_find(struct plan *pl, struct side *s)
 }
 
 /* The host maps no single page of that guest (mm/mirror.h, V6): its frames stay as they are. */
-static bool side_coarse(struct plan *pl, const struct side *s)
+static bool side_coarse(struct plan *pl, struct side *s)
 {
 	bool coarse = false;
 
 	for (unsigned i = 0; i < s->count; i++) {
 		coarse |= mm_coarse(s->place[i].mm);
-		pl->mirrored |= s->place[i].mm->mirror != NULL; /* the family is held */
+		s->mirrored += s->place[i].mm->mirror != NULL; /* the family is held */
 	}
+	pl->mirrored |= s->mirrored != 0;
 	return coarse;
 }
 
@@ -682,12 +684,14 @@ static void run_finish(struct plan *pl, int r)
 {
 	struct run *run = pl->r;
 	struct mm *mm = pl->c.targets ? pl->from.place[0].mm : NULL;
+	uint64_t moved = 0;
 
 	for (unsigned i = run->first; i < run->end; i++) {
 		struct run_page *p = &run->page[i];
 		bool merged = p->to != RUN_NONE && p->live && r == 0;
 
 		if (merged) {
+			moved += pl->from.mirrored + (p->to == RUN_FRESH ? pl->into.mirrored : 0);
 			mm_count(mm, ksm_merges);
 			if (p->to == RUN_ZERO)
 				mm_count_add(mm, ksm_zero_pages, p->guests);
@@ -701,6 +705,7 @@ static void run_finish(struct plan *pl, int r)
 		else if (p->to == RUN_STABLE && p->promised)
 			stable_give_up(pl->h, p->stable);
 	}
+	add_relaxed(&pl->m->moved, moved);
 }
 
 int merge_run(struct merge *m, struct run *run)

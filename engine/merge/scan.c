@@ -319,7 +319,7 @@ static int guest_begin(struct merge *m, struct mm *mm)
 		return mergeable_next(mm, 0) != UINT64_MAX ? merge_attach(m, mm) : (guest_done(m, NULL), 0);
 	if (g->fetched)
 		return 1;
-	r = dirty_fetch(g->log);
+	r = merge_fetch(m, g);
 	g->fetched = r == 0;
 	return r < 0 ? r : 1;
 }
@@ -414,9 +414,9 @@ static uint64_t now_usec(const struct merge *m)
 	return env_now(m->host->env, KAGE_CLOCK_WALL) / 1000;
 }
 
-int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t *scanned, uint64_t *merged, bool *more)
+int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t moved, uint64_t *scanned, uint64_t *merged, bool *more)
 {
-	uint64_t start = usec ? now_usec(m) : 0, spent = 0;
+	uint64_t start = usec ? now_usec(m) : 0, first = atomic_load(&m->moved), done, spent = 0;
 	struct scanner *s;
 	int r = 0;
 
@@ -429,11 +429,12 @@ int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t *scanned
 	s->m = m;
 	s->step = atomic_fetch_add(&m->steps, 1) + 1;
 	while (r == 0 && atomic_load(&m->on)) {
-		if ((pages && spent >= pages) || (usec && now_usec(m) - start >= usec)) {
+		done = atomic_load(&m->moved) - first;
+		if ((pages && spent >= pages) || (usec && now_usec(m) - start >= usec) || done >= moved) {
 			*more = true;
 			break;
 		}
-		r = step_once(s, pages ? MIN(BATCH, pages - spent) : BATCH, &spent, more);
+		r = step_once(s, MIN(pages ? MIN(BATCH, pages - spent) : BATCH, moved - done), &spent, more);
 	}
 	*scanned += spent;
 	*merged += s->merged;

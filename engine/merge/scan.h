@@ -36,6 +36,11 @@ struct merge_chunk *chunk_have(struct merge *m, struct merge_mm *g, uint64_t ind
 void chunks_free(struct merge *m, struct merge_mm *g);
 /* Bytes of them. The same. */
 uint64_t chunks_bytes(const struct merge_mm *g);
+/*
+ * Takes what a mirror's hardware has logged of the guest, for its chunks' visits. But for pages that this pass leaves
+ * alone, if it can do without them (mm/mirror.h, harvest). merge->lock held. -errno.
+ */
+int merge_fetch(struct merge *m, struct merge_mm *g);
 /* Harvests the chunk, or w's part of it, and works out what is to be looked at. The chunk is taken. -errno. */
 int chunk_visit(struct scanner *s, const struct work *w);
 /* Up to `limit` pages of an open chunk, 2 MiB at a time. Returns the number it spent, or -errno. */

@@ -460,25 +460,37 @@ static int mirror_track(struct mm *mm)
 }
 
 /* What a mirror's hardware logged goes into all open logs first. */
-static int fetch(struct dirty_log *log, gfn_t start, gfn_t end)
+static int fetch(struct dirty_log *log, gfn_t start, gfn_t end, const struct dirty_left *left)
 {
 	struct mm *mm = log->mm;
 	struct brlock_held held;
 	bool kept = mirror_keep(mm, log->kind == DIRTY_MERGE, &held);
-	int r = mm->mirror ? mm->mirror->ops->harvest(mm->mirror, start, end) : 0;
+	int r = mm->mirror ? mm->mirror->ops->harvest(mm->mirror, start, end, left) : 0;
 
 	mirror_let_go(mm, kept, held);
 	return r;
 }
 
-int dirty_fetch(struct dirty_log *log)
+/* All open logs are merging's. (A log that is being opened gets more than it needs at most.) */
+static bool merge_only(struct mm *mm)
 {
-	return fetch(log, GFN(0), GFN((uint64_t)1 << GFN_BITS));
+	bool only = true;
+
+	rcu_enter();
+	for (struct dirty_log *log = load_acquire(&mm->dirty); log; log = load_acquire(&log->next))
+		only &= log->kind == DIRTY_MERGE;
+	rcu_leave();
+	return only;
+}
+
+int dirty_fetch(struct dirty_log *log, const struct dirty_left *left)
+{
+	return fetch(log, GFN(0), GFN((uint64_t)1 << GFN_BITS), merge_only(log->mm) ? left : NULL);
 }
 
 static int64_t harvest(struct harvest *h)
 {
-	int r = fetch(h->log, h->start, h->end);
+	int r = fetch(h->log, h->start, h->end, NULL);
 
 	if (r)
 		return r;
@@ -567,6 +579,8 @@ static int log_link(struct mm *mm, struct dirty_log *log)
 	bool kept = mirror_keep(mm, log->kind == DIRTY_MERGE, &held);
 	int r = mm->mirror && log->kind == KAGE_DIRTY_ACCESSED ? -EOPNOTSUPP : 0; /* KVM does not say who read */
 
+	if (r == 0 && mm->mirror && log->kind != DIRTY_MERGE) /* what merging has left there is older than this log */
+		r = mm->mirror->ops->harvest(mm->mirror, GFN(0), GFN((uint64_t)1 << GFN_BITS), NULL);
 	if (r == 0) {
 		lock_take(&mm->dirty_lock);
 		atomic_store(&log->next, atomic_load(&mm->dirty));

@@ -42,6 +42,7 @@
 #define REAPS_MAX 3 /* what a failed attempt gave back is pending too: it must not feed the next one for ever */
 
 struct mirror;
+struct dirty_left;
 
 struct gfn_range {
 	gfn_t start, end;
@@ -83,8 +84,11 @@ struct mirror_ops {
 	 * from its return on no frame outside of these is written. -ENOMEM.
 	 */
 	int (*freeze)(struct mirror *m, const struct gfn_range *kept, unsigned n);
-	/* Takes what the hardware logged into the open dirty logs. The family is held, mm->range is not. */
-	int (*harvest)(struct mirror *m, gfn_t start, gfn_t end);
+	/*
+	 * Takes what the hardware logged into the open dirty logs. Pages of `left` (NULL: none) may stay as they are: logged, and free to be
+	 * written without a fault. They are reported again by each harvest until one takes them. The family is held, mm->range is not.
+	 */
+	int (*harvest)(struct mirror *m, gfn_t start, gfn_t end, const struct dirty_left *left);
 	/* Logs of written pages have been opened or closed: makes the hardware's logging what it has to be. The same. */
 	int (*track)(struct mirror *m);
 	/* Around changes of regions, without any lock: stops the guest if the embedder lets us. */

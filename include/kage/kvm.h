@@ -46,7 +46,11 @@ enum kage_kvm_feature {
 	KAGE_KVM_UFFD_CONTINUE_WP = 3, /**< UFFDIO_CONTINUE_MODE_WP (Linux 6.4): exact */
 	KAGE_KVM_PAGEMAP_SCAN = 4,  /**< ioctl of /proc/self/pagemap (Linux 6.7); else it is read */
 	KAGE_KVM_PAGEMAP = 5,       /**< /proc/self/pagemap; else contents are compared */
-	KAGE_KVM_DIRTY_LOG = 6,     /**< KVM_GET_DIRTY_LOG, with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 where it is on */
+	/**
+	 * KVM_GET_DIRTY_LOG. A VMM that enables KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (without KVM_DIRTY_LOG_INITIALLY_SET) makes merging
+	 * cheaper for its guests: pages that they write all the time stay in the log, and do not fault in each pass.
+	 */
+	KAGE_KVM_DIRTY_LOG = 6,
 	KAGE_KVM_DIRTY_RING = 7,    /**< KVM's dirty rings, if the VMM has enabled them (`dirty_ring_bytes`) */
 	KAGE_KVM_READONLY_SLOT = 8, /**< KVM_MEM_READONLY: writes to protected memory exit as MMIO */
 	KAGE_KVM_MEMORY_FAULT = 9,  /**< KVM_EXIT_MEMORY_FAULT (Linux 6.8) names the address of a failed access */

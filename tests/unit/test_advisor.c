@@ -50,6 +50,7 @@ START_TEST(defaults)
 	ck_assert_uint_eq(a.scan, 10 * SECOND);
 	ck_assert_uint_eq(a.min_pages, 64);
 	ck_assert_uint_eq(a.max_pages, 32768);
+	ck_assert_uint_eq(a.moves, 6000);
 	advisor_tune(&a, 0, 0, 100000, 0);
 	ck_assert_uint_eq(a.max_pages, 100000); /* not below the least */
 }
@@ -205,6 +206,65 @@ START_TEST(cost_is_averaged)
 }
 END_TEST
 
+/* Guests under KVM: every page that is looked at moves two. However often steps come, as many move in a second as may. */
+START_TEST(moves_are_kept)
+{
+	static const uint64_t gap[] = { MS, 7 * MS, 40 * MS, 0 };
+
+	for (unsigned g = 0; g < 4; g++) {
+		struct sim s;
+		struct advisor_work w = { .urgent = 1u << 30 };
+		uint64_t begin, moved = 0, most = 0;
+
+		sim_init(&s, 100, SECOND, 1, 1u << 20);
+		advisor_tune_moved(&s.a, 2000);
+		s.a.ready = 0;
+		for (begin = s.now; s.now < begin + 60 * SECOND;) {
+			uint64_t pages = step(&s, &w), moves = 2 * MIN(pages, advisor_moves(&s.a)); /* found out too late */
+
+			advisor_moved(&s.a, moves);
+			moved += moves;
+			most = MAX(most, moves);
+			s.now += gap[g] ? gap[g] : MAX(advisor_wait(&s.a, s.now, &w), (uint64_t)1000);
+		}
+		ck_assert_uint_ge(moved, 60 * 2000 * 95 / 100);
+		ck_assert_uint_le(moved, 60 * 2000 + 2 * 2000 / 4);
+		ck_assert_uint_le(most, 2 * 2000 / 4);
+	}
+}
+END_TEST
+
+/* What is ready does not add up, and what is owed is forgotten after a minute. Nobody who moves nothing waits. */
+START_TEST(moves_in_hand)
+{
+	struct sim s;
+	struct advisor_work w = { .urgent = 1000 };
+
+	sim_init(&s, 100, SECOND, 64, 1u << 20);
+	advisor_tune_moved(&s.a, 4000);
+	step(&s, &w);
+	s.now += 3600 * SECOND;
+	step(&s, &w);
+	ck_assert_uint_eq(advisor_moves(&s.a), 1000);
+	ck_assert_uint_eq(advisor_wait(&s.a, s.now, &w), 0);
+	advisor_moved(&s.a, 1000);
+	ck_assert_uint_eq(advisor_moves(&s.a), 64); /* the floor */
+	ck_assert_uint_eq(advisor_wait(&s.a, s.now, &w), 250 * SECOND / 4000);
+	advisor_moved(&s.a, UINT64_MAX);
+	ck_assert_int_eq(s.a.ready, -60 * 4000);
+	ck_assert_uint_eq(advisor_wait(&s.a, s.now, &w), SECOND); /* at most */
+	s.now += 60 * SECOND;
+	step(&s, &w);
+	ck_assert_int_eq(s.a.ready, 0);
+	s.now += SECOND / 8000; /* half a page */
+	step(&s, &w);
+	ck_assert_int_eq(s.a.ready, 0);
+	s.now += SECOND / 8000;
+	step(&s, &w);
+	ck_assert_int_eq(s.a.ready, 1);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("advisor");
@@ -220,6 +280,8 @@ int main(void)
 	tcase_add_test(tc, between_passes);
 	tcase_add_test(tc, wait_is_right);
 	tcase_add_test(tc, cost_is_averaged);
+	tcase_add_test(tc, moves_are_kept);
+	tcase_add_test(tc, moves_in_hand);
 	suite_add_tcase(suite, tc);
 	runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);

@@ -42,9 +42,10 @@ static void teardown(void)
 /* Passes after `pass` in which the page is left alone. */
 static unsigned left_alone(unsigned page, uint64_t pass)
 {
+	uint64_t back;
 	unsigned n = 0;
 
-	while (backoff_off(b, page / 64, pass + 1 + n) >> (page % 64) & 1)
+	while (backoff_off(b, page / 64, pass + 1 + n, &back) >> (page % 64) & 1)
 		n++;
 	return n;
 }
@@ -92,11 +93,34 @@ START_TEST(success_resets)
 }
 END_TEST
 
+/* Asking what stays away changes nothing; when the pass comes, who is back is said once. */
+START_TEST(who_is_back)
+{
+	uint64_t back = 0;
+
+	backoff_failed(&env, &b, 1, 0x30, 7, BACKOFF_DEFAULT);
+	backoff_failed(&env, &b, 1, 0x20, 9, BACKOFF_DEFAULT); /* two passes now: 10 and 11 */
+	ck_assert_uint_eq(backoff_stays(b, 1, 8), 0x30);
+	ck_assert_uint_eq(backoff_stays(b, 1, 12), 0);
+	ck_assert_uint_eq(backoff_off(b, 1, 8, &back), 0x30);
+	ck_assert_uint_eq(back, 0);
+	ck_assert_uint_eq(backoff_off(b, 1, 10, &back), 0x20);
+	ck_assert_uint_eq(back, 0x10);
+	ck_assert_uint_eq(backoff_off(b, 1, 10, &back), 0x20);
+	ck_assert_uint_eq(back, 0);
+	ck_assert_uint_eq(backoff_stays(NULL, 1, 10), 0);
+	ck_assert_uint_eq(backoff_off(NULL, 1, 10, &back), 0);
+	ck_assert_uint_eq(back, 0);
+}
+END_TEST
+
 /* Memory: one object for 2 MiB in which a page has failed, none otherwise. */
 START_TEST(memory_follows_failures)
 {
+	uint64_t back;
+
 	backoff_lasted(&env, &b, 2, ~(uint64_t)0);
-	ck_assert_uint_eq(backoff_off(b, 2, 5), 0);
+	ck_assert_uint_eq(backoff_off(b, 2, 5, &back), 0);
 	ck_assert_int_eq(bytes, 0);
 	for (unsigned w = 0; w < BACKOFF_WORDS; w++)
 		backoff_failed(&env, &b, w, ~(uint64_t)0, w, BACKOFF_DEFAULT);
@@ -119,10 +143,12 @@ static void *no_memory(void *opaque, size_t n)
 
 START_TEST(no_memory_means_no_back_off)
 {
+	uint64_t back;
+
 	env.alloc.alloc = no_memory;
 	backoff_failed(&env, &b, 0, 5, 9, BACKOFF_DEFAULT);
 	ck_assert_ptr_null(b);
-	ck_assert_uint_eq(backoff_off(b, 0, 10), 0);
+	ck_assert_uint_eq(backoff_off(b, 0, 10, &back), 0);
 }
 END_TEST
 
@@ -135,6 +161,7 @@ int main(void)
 
 	tcase_add_checked_fixture(tc, setup, teardown);
 	tcase_add_test(tc, twice_as_long_each_time);
+	tcase_add_test(tc, who_is_back);
 	tcase_add_test(tc, bounds);
 	tcase_add_test(tc, success_resets);
 	tcase_add_test(tc, memory_follows_failures);

@@ -107,7 +107,7 @@ START_TEST(bad_settings)
 {
 	static const struct kage_tune bad[] = {
 		{.cpu_share = 10001}, {.scan_msec = 86400001}, {.min_pages = 65, .max_pages = 64}, {.max_sharing = 1},
-		{.backoff = 101}, {.reserved = 1}, {.flags = 4},
+		{.backoff = 101}, {.flags = 4},
 	};
 
 	for (unsigned i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
@@ -173,6 +173,31 @@ START_TEST(advised_with_a_limit)
 	is(p.pages_budget, 0);
 	p = step(0, 0);
 	is(p.pages_scanned, 970);
+	is(kage_vm_destroy(vm), 0);
+}
+END_TEST
+
+/* A budget that ends among the last pages of what is scanned as one: the rest of them comes in the next step. */
+START_TEST(the_end_of_a_chunk)
+{
+	const uint64_t first = 32768 - 512;
+	struct kage_progress p;
+	uint64_t scanned = 0;
+	struct kage_vm *vm;
+
+	is(kage_vm_create(engine, NULL, &vm), 0);
+	is(kage_vm_map(vm, KAGE_CFG(kage_region, .gpa = first * PAGE, .len = 512 * PAGE,
+				    .flags = KAGE_REGION_MERGEABLE | KAGE_REGION_NOHUGE)), 0);
+	for (unsigned i = 0; i < 512; i++)
+		put(vm, first + i, i + 1);
+	tune(0, 0, 0, 0, 0);
+	step(0, 0);
+	do {
+		p = step(0, 200);
+		scanned += p.pages_scanned;
+	} while (p.more);
+	is(scanned, 512);
+	is(stats(vm).ksm_pages_unshared, 512);
 	is(kage_vm_destroy(vm), 0);
 }
 END_TEST
@@ -552,6 +577,7 @@ int main(void)
 	tcase_add_test(tc, bad_settings);
 	tcase_add_test(tc, advised_steps_keep_the_pace);
 	tcase_add_test(tc, advised_with_a_limit);
+	tcase_add_test(tc, the_end_of_a_chunk);
 	tcase_add_test(tc, advised_steps_sleep);
 	tcase_add_test(tc, new_guests_go_first);
 	tcase_add_test(tc, new_guests_that_write);

@@ -89,6 +89,15 @@ static int enable_dirty_rings(struct vmm *vmm)
 	return ioctl(vmm->fd, KVM_ENABLE_CAP, &cap) < 0 ? -errno : 0;
 }
 
+/* KVM_GET_DIRTY_LOG leaves the log as it is, KVM_CLEAR_DIRTY_LOG takes pages out: some, if Kage wants only those. */
+static void enable_clear_log(struct vmm *vmm)
+{
+	struct kvm_enable_cap cap = {.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, .args[0] = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE};
+
+	if (!vmm->config.dirty_ring_bytes)
+		ioctl(vmm->fd, KVM_ENABLE_CAP, &cap); /* before Linux 5.2 it is not there: GET clears, and that is fine */
+}
+
 static int open_vm(struct vmm *vmm)
 {
 	int r;
@@ -99,6 +108,7 @@ static int open_vm(struct vmm *vmm)
 	vmm->fd = ioctl(vmm->kvm, KVM_CREATE_VM, vmm_arch_type(vmm->kvm));
 	if (vmm->fd < 0)
 		return -errno;
+	enable_clear_log(vmm);
 	r = enable_dirty_rings(vmm);
 	return r < 0 ? r : vmm_arch_open(vmm);
 }
