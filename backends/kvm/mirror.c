@@ -75,19 +75,19 @@ static void *map_private(struct kage_kvm *k, const struct run *want, void *at)
 	int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
 	uint64_t offset = 0;
 	int fd = -1;
-	void *p;
 
 	if (want->kind == RUN_ZERO)
 		flags |= MAP_ANONYMOUS;
 	else if (pool_file(k->pool, want->pfn, &fd, &offset))
 		return MAP_FAILED;
-	p = mmap(at, len, PROT_READ | PROT_WRITE, flags, fd, (off_t)offset);
-	if (p == MAP_FAILED)
-		return p;
-	/* Uniform for all windows, else neighbours do not become one VMA again. */
+	return mmap(at, len, PROT_READ | PROT_WRITE, flags, fd, (off_t)offset);
+}
+
+/* Flags that all windows have, else neighbours do not become one VMA again. Those of SHARED runs have them from the start. */
+static void map_uniform(char *at, size_t len)
+{
 	madvise(at, len, MADV_DONTFORK);
 	madvise(at, len, MADV_DONTDUMP);
-	return p;
 }
 
 static void *map_at(struct kage_kvm *k, const struct run *want, void *at)
@@ -171,7 +171,8 @@ static int register_fresh(struct kage_kvm *k, const struct run *run, char *at)
 	return r;
 }
 
-int mirror_map(struct kage_kvm *k, const struct run *want)
+/* Without the flags of map_uniform(). */
+static int map_piece(struct kage_kvm *k, const struct run *want)
 {
 	char *at = kvm_hva(k, want->gfn);
 	struct run one = *want;
@@ -196,6 +197,15 @@ int mirror_map(struct kage_kvm *k, const struct run *want)
 		env_log(k->env, KAGE_LOG_ERROR, "mm %llu gfn %llx: cannot trap: errno %d",
 			(unsigned long long)k->mm->id, (unsigned long long)want->gfn.v, -err);
 	return 0;
+}
+
+int mirror_map(struct kage_kvm *k, const struct run *want)
+{
+	int r = map_piece(k, want);
+
+	if (r == 0 && want->kind != RUN_SHARED)
+		map_uniform(kvm_hva(k, want->gfn), want->npages << PAGE_SHIFT);
+	return r;
 }
 
 /* -- what the table says --------------------------------------------------------------- */
@@ -307,24 +317,53 @@ static int map_gathered(struct kage_kvm *k, gfn_t gfn)
 	return mirror_register(k, &one);
 }
 
-static int piece_flush(struct kage_kvm *k, struct run *piece, int64_t *pages)
+/* Pieces that are mapped one after the other. What lies around those of one window gets its flags in one go. */
+struct sync {
+	struct run piece; /* to be mapped; npages 0: none */
+	int64_t pages;	  /* mapped */
+	const struct window *window;
+	gfn_t first, end; /* there are pieces without their flags in here; equal: none */
+};
+
+static void sync_uniform(struct sync *s)
+{
+	if (s->first.v < s->end.v)
+		map_uniform(window_hva(s->window, s->first), (s->end.v - s->first.v) << PAGE_SHIFT);
+	s->first = s->end = GFN(0);
+}
+
+static void sync_mapped(struct kage_kvm *k, struct sync *s)
+{
+	const struct window *w = window_find(k, s->piece.gfn);
+
+	s->pages += (int64_t)s->piece.npages;
+	if (s->piece.kind == RUN_SHARED)
+		return;
+	if (w != s->window)
+		sync_uniform(s);
+	if (s->first.v == s->end.v)
+		s->first = s->piece.gfn;
+	s->end = run_end(&s->piece);
+	s->window = w;
+}
+
+static int piece_flush(struct kage_kvm *k, struct sync *s)
 {
 	int r;
 
-	if (!piece->npages)
+	if (!s->piece.npages)
 		return 0;
-	r = mirror_map(k, piece);
+	r = map_piece(k, &s->piece);
 	if (r == 0)
-		*pages += (int64_t)piece->npages;
-	piece->npages = 0;
+		sync_mapped(k, s);
+	s->piece.npages = 0;
 	return r;
 }
 
 int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end)
 {
-	struct run piece = {.npages = 0};
+	struct sync s = {.pages = 0};
 	uint64_t before = k->runs.count;
-	int64_t pages = 0;
 	int r = 0;
 
 	while (r == 0 && start.v < end.v) {
@@ -343,7 +382,7 @@ int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end)
 			want.npages = MIN(want.npages, run_end(cur).v - start.v);
 		start = run_end(&want);
 		if (r == -EXDEV && k->attaching) {
-			r = piece_flush(k, &piece, &pages);
+			r = piece_flush(k, &s);
 			r = r ? r : map_gathered(k, want.gfn);
 			continue;
 		}
@@ -352,18 +391,19 @@ int64_t mirror_sync(struct kage_kvm *k, gfn_t start, gfn_t end)
 		if (want.kind == RUN_KEEP ||
 		    (cur && cur->kind == want.kind && pfn_eq(run_pfn(cur, want.gfn), want.pfn)))
 			continue;
-		if (runs_join(&k->runs, &piece, &want)) {
-			piece.npages += want.npages;
+		if (runs_join(&k->runs, &s.piece, &want)) {
+			s.piece.npages += want.npages;
 			continue;
 		}
-		r = piece_flush(k, &piece, &pages);
-		piece = want;
+		r = piece_flush(k, &s);
+		s.piece = want;
 	}
 	if (r == 0)
-		r = piece_flush(k, &piece, &pages);
+		r = piece_flush(k, &s);
+	sync_uniform(&s);
 	if (k->runs.count < before)
 		atomic_fetch_add(&k->healed, before - k->runs.count);
-	return r ? r : pages;
+	return r ? r : s.pages;
 }
 
 /* -- blocking writes -------------------------------------------------------------------- */

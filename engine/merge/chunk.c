@@ -106,12 +106,22 @@ uint64_t chunks_bytes(const struct merge_mm *g)
 
 /* -- what was written -------------------------------------------------------------------- */
 
-/* Pages of 2 MiB that were written: what merging knew of their frames is old. Inside a read section. */
-static void forget_group(struct merge *m, struct mm *mm, gfn_t base, const uint64_t *dirty)
+/*
+ * A new guest's log begins with everything, written or not. What a clone shares is known as its parent's, and cannot
+ * have been written through it.
+ */
+static bool known_as_shared(const struct mm *mm, gfn_t gfn, const struct frame *f)
+{
+	return READ_ONCE(f->bits) & FRAME_CANDIDATE && !mm_lookup(mm, gfn).writable;
+}
+
+/* Pages of 2 MiB that were written: what merging knew of their frames is old. `all`: or all, see above. Inside a read section. */
+static void forget_group(struct merge *m, struct mm *mm, gfn_t base, const uint64_t *dirty, bool all)
 {
 	entry_t *above, *leaf, e = ENTRY_NONE;
 	pfn_t table, first = PFN_NONE;
 	unsigned level;
+	struct frame *f;
 
 	leaf = table_leaves(mm, base, &table, &above, &level);
 	if (!leaf) {
@@ -126,15 +136,17 @@ static void forget_group(struct merge *m, struct mm *mm, gfn_t base, const uint6
 
 			if (leaf)
 				e = entry_load(&leaf[i]);
-			if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL))
-				candidate_unmark(&m->candidates,
-						 pfn_frame(m->host->pool, leaf ? entry_pfn(e) : pfn_add(first, i)));
+			if (!entry_is_leaf(e) || e & ENTRY_SPECIAL)
+				continue;
+			f = pfn_frame(m->host->pool, leaf ? entry_pfn(e) : pfn_add(first, i));
+			if (!all || !known_as_shared(mm, gfn_add(base, i), f))
+				candidate_unmark(&m->candidates, f);
 		}
 	}
 }
 
 /* Q2 */
-static void forget_written(struct merge *m, struct mm *mm, gfn_t base, const uint64_t *dirty)
+static void forget_written(struct merge *m, struct mm *mm, gfn_t base, const uint64_t *dirty, bool all)
 {
 	for (unsigned w = 0; w < MERGE_CHUNK_WORDS; w += GROUP_WORDS) {
 		uint64_t any = 0;
@@ -144,7 +156,7 @@ static void forget_written(struct merge *m, struct mm *mm, gfn_t base, const uin
 		if (!any)
 			continue;
 		rcu_enter();
-		forget_group(m, mm, gfn_add(base, w * 64), &dirty[w]);
+		forget_group(m, mm, gfn_add(base, w * 64), &dirty[w], all);
 		rcu_leave();
 	}
 }
@@ -267,7 +279,8 @@ static int take_written(struct scanner *s, const struct work *w, gfn_t base)
 		mm_reconcile(mm, start, end, false);
 	n = dirty_take(s->g->log, start, end.v - start.v, &s->dirty[(start.v - base.v) / 64]);
 	if (n > 0 && READ_ONCE(s->m->candidates.marked))
-		forget_written(s->m, mm, base, s->dirty);
+		forget_written(s->m, mm, base, s->dirty, !w->chunk->visited);
+	w->chunk->visited |= n >= 0 && w->visit == VISIT_PASS;
 	return n < 0 ? (int)n : 0;
 }
 

@@ -88,6 +88,7 @@ struct merge_chunk {
 	bool open;      /* not all of `todo` is done */
 	bool counted;   /* in merge_mm.open. merge->lock, as `taken` */
 	bool taken;     /* a scanner is at it */
+	bool visited;   /* a pass has been at it: what its log says from here on was written */
 	_Atomic bool busy; /* there is something to do in the next pass, even if nothing is written */
 	uint64_t hinted; /* step in which a hint was at it: its pass leaves it alone */
 	uint64_t tried_pass; /* in which `tried` was */

@@ -837,6 +837,78 @@ END_TEST
 
 static const unsigned ring_sizes[] = {4096, 65536};
 
+struct some_left {
+	struct dirty_left left;
+	uint64_t mask, asked; /* of the first words of the slot: which pages; bits of words that were asked for */
+};
+
+static uint64_t some_word(const struct dirty_left *left, gfn_t gfn)
+{
+	struct some_left *l = container_of(left, struct some_left, left);
+
+	if (gfn.v < DATA)
+		return 0; /* code and list */
+	ck_assert_uint_eq((gfn.v - DATA) % 64, 0);
+	l->asked |= (uint64_t)1 << (gfn.v - DATA) / 64;
+	return gfn.v == DATA + 64 ? l->mask : 0;
+}
+
+static void compare_seen(struct oracle *o, const uint8_t *expected)
+{
+	for (unsigned i = 0; i < DATA_PAGES; i++)
+		ck_assert_msg(o->seen[i] == expected[i], "page %u: %s", i, expected[i] ? "lost" : "invented");
+	memset(o->seen, 0, sizeof(o->seen));
+}
+
+/*
+ * Pages that are left in the log are in each harvest, written or not, where the VMM has made GET leave them there; the
+ * others as always. A harvest that leaves nothing finds them, once.
+ */
+START_TEST(pages_are_left_in_the_log)
+{
+	static const uint64_t list[] = {(uint64_t)DATA << 12, (uint64_t)(DATA + 63) << 12, (uint64_t)(DATA + 64) << 12,
+					(uint64_t)(DATA + 70) << 12, (uint64_t)(DATA + 200) << 12};
+	struct some_left l = {.left.word = some_word, .mask = (uint64_t)1 << 6 | 2}; /* 70, and 65, which nobody writes */
+	struct oracle *o = calloc(1, sizeof(*o));
+	uint8_t expected[DATA_PAGES] = {0};
+	unsigned mode = manual_modes[_i];
+	struct vm vm;
+
+	if (no_manual(mode))
+		return;
+	vm_start(&vm, mode, 0);
+	o->vm = &vm;
+	o->twice = true;
+	ck_assert_int_eq(vm_add(&vm, DATA, DATA_PAGES), 0);
+	ck_assert_int_eq(slots_log(&vm.slots, true), 0);
+	for (unsigned round = 0; round < 3; round++) {
+		for (unsigned i = 0; i < ARRAY_SIZE(list); i++)
+			expected[(list[i] >> 12) - DATA] = 1;
+		vm_write(&vm, list, ARRAY_SIZE(list), round + 1, NULL, NULL);
+		ck_assert_int_eq(slots_dirty_but(&vm.slots, EVERYWHERE, &l.left, oracle_mark, o), 0);
+		compare_seen(o, expected);
+		ck_assert_uint_eq(l.asked, 1 | 2 | 8);
+		memset(expected, 0, sizeof(expected));
+		expected[70] = mode != 0;
+		for (unsigned i = 0; i < 2; i++) {
+			ck_assert_int_eq(slots_dirty_but(&vm.slots, EVERYWHERE, &l.left, oracle_mark, o), 0);
+			compare_seen(o, expected);
+		}
+		if (round == 1) { /* 70 is written again, which faults nobody, and then taken */
+			vm_write(&vm, &list[3], 1, 99, NULL, NULL);
+			expected[70] = 1;
+			ck_assert_int_eq(slots_dirty(&vm.slots, EVERYWHERE, oracle_mark, o), 0);
+			compare_seen(o, expected);
+			expected[70] = 0;
+			ck_assert_int_eq(slots_dirty_but(&vm.slots, EVERYWHERE, &l.left, oracle_mark, o), 0);
+			compare_seen(o, expected);
+		}
+	}
+	vm_stop(&vm);
+	free(o);
+}
+END_TEST
+
 START_TEST(rings_are_exact)
 {
 	if (!no_rings())
@@ -1229,6 +1301,7 @@ int main(void)
 	tcase_add_test(tc, the_vmm_sets_slots);
 	tcase_add_test(tc, memory_runs_out);
 	tcase_add_loop_test(tc, the_log_is_exact, 0, ARRAY_SIZE(manual_modes));
+	tcase_add_loop_test(tc, pages_are_left_in_the_log, 0, ARRAY_SIZE(manual_modes));
 	tcase_add_loop_test(tc, rings_are_exact, 0, ARRAY_SIZE(ring_sizes));
 	tcase_add_loop_test(tc, the_log_is_exact_by_larger_pages, 0, 3 * ARRAY_SIZE(units));
 	tcase_add_loop_test(tc, rings_are_exact_by_larger_pages, 0, ARRAY_SIZE(units));

@@ -202,6 +202,33 @@ START_TEST(the_end_of_a_chunk)
 }
 END_TEST
 
+/* What a clone shares has been read as its parent's; what either writes is read once. */
+START_TEST(a_clone_is_not_read_again)
+{
+	struct kage_vm *vm = guest(300, KAGE_REGION_MERGEABLE), *clone;
+
+	tune(0, 0, 0, 0, 0);
+	for (unsigned i = 0; i < 300; i++)
+		put(vm, i, i + 1);
+	is(step(0, 0).pages_scanned + step(0, 0).pages_scanned + step(0, 0).pages_scanned, 300);
+	is(kage_vm_clone(vm, NULL, &clone), 0);
+	for (unsigned i = 0; i < 4; i++)
+		step(0, 0);
+	is(stats(vm).ksm_pages_scanned, 300);
+	is(stats(clone).ksm_pages_scanned, 0);
+	put(clone, 7, 1000);
+	put(clone, 8, 30); /* as page 29 of both */
+	put(vm, 9, 1001);
+	for (unsigned i = 0; i < 4; i++)
+		step(0, 0);
+	is(stats(clone).ksm_pages_scanned, 2);
+	is(stats(vm).ksm_pages_scanned, 301);
+	is(stats(clone).ksm_merges + stats(vm).ksm_merges, 1);
+	is(kage_vm_destroy(clone), 0);
+	is(kage_vm_destroy(vm), 0);
+}
+END_TEST
+
 /* The descriptor: writes of guests wait for the advisor's next step, what is new does not. */
 START_TEST(advised_steps_sleep)
 {
@@ -578,6 +605,7 @@ int main(void)
 	tcase_add_test(tc, advised_steps_keep_the_pace);
 	tcase_add_test(tc, advised_with_a_limit);
 	tcase_add_test(tc, the_end_of_a_chunk);
+	tcase_add_test(tc, a_clone_is_not_read_again);
 	tcase_add_test(tc, advised_steps_sleep);
 	tcase_add_test(tc, new_guests_go_first);
 	tcase_add_test(tc, new_guests_that_write);
