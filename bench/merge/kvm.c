@@ -34,6 +34,7 @@
 #define PASSES_MAX 64
 #define WAIT_MS	   600000
 #define WINDOW_NS  (form.smoke ? 20e6 : 400e6) /* CPU time of each guest in which its speed is measured */
+#define CALM_NS	   (form.smoke ? 20e6 : 2000e6) /* the same beside what takes seconds */
 #define ADVISED_MS (form.smoke ? 50 : 8000)     /* in which merging is watched */
 #define SCAN_MSEC  (form.smoke ? 20 : 0)        /* of a pass; 0: the default, ten seconds */
 #define PASS_MS	   (form.smoke ? 200 : 21000)   /* in which at least one begins and ends */
@@ -183,12 +184,12 @@ static void warm_up(const struct pair *p)
 	}
 }
 
-/* ns an iteration while `work`, which may be NULL, is done again and again. */
-static double watch(struct pair *p, void (*work)(struct pair *))
+/* ns an iteration while `work`, which may be NULL, is done again and again; `ns`: CPU time of each guest. */
+static double watch_for(struct pair *p, void (*work)(struct pair *), double ns)
 {
 	struct gauge begin = gauge(p), now = begin;
 
-	while (now.cpu - begin.cpu < GUESTS * WINDOW_NS) {
+	while (now.cpu - begin.cpu < GUESTS * ns) {
 		if (work)
 			work(p);
 		else
@@ -196,6 +197,11 @@ static double watch(struct pair *p, void (*work)(struct pair *))
 		now = gauge(p);
 	}
 	return speed(&begin, &now);
+}
+
+static double watch(struct pair *p, void (*work)(struct pair *))
+{
+	return watch_for(p, work, WINDOW_NS);
 }
 
 /* -- merging them --------------------------------------------------------------------------------- */
@@ -366,11 +372,11 @@ static bool turn_advised(uint64_t bytes, struct figures *f)
 {
 	struct pair p = pair_create(bytes, true);
 	uint64_t merged = 0, found = p.equal - 1, passes;
-	double seconds;
+	double seconds, calm;
 
 	start(&p);
 	warm_up(&p);
-	series_add(&f->calm_before, watch(&p, NULL));
+	series_add(&f->calm_before, watch_for(&p, NULL, CALM_NS));
 	must(kage_engine_tune(p.guest[0]->engine,
 			      KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE, .scan_msec = (uint32_t)SCAN_MSEC)),
 	     "tune");
@@ -384,10 +390,11 @@ static bool turn_advised(uint64_t bytes, struct figures *f)
 	check(&p, merged >= p.equal, "Kage did not merge all equal pages");
 	subject_settle(p.guest[0]);
 	warm_up(&p);
+	calm = watch_for(&p, NULL, CALM_NS); /* nobody steps */
 	series_add(&f->calm_passes, advise(&p, PASS_MS, &found, &passes, &seconds));
 	check(&p, passes >= 1 && found == p.equal - 1, "no pass, or one that found something");
+	series_add(&f->calm_after, (calm + watch_for(&p, NULL, CALM_NS)) / 2);
 	tune(&p, 0);
-	series_add(&f->calm_after, watch(&p, NULL));
 	stop(&p);
 	check_contents(&p, false);
 	check(&p, subject_sound(p.guest[0]), "the audit found something");
