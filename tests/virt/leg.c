@@ -7,6 +7,7 @@
  *	suite SUITE		where the kernel comes from, by codename: bookworm, bookworm-backports
  *	memory MIB
  *	cmdline TEXT		more for the kernel's command line
+ *	boot SECONDS		until it must have said its kernel's name (180)
  *	module NAME [PARAMETER=VALUE]...
  *	background PROGRAM	runs beside all tests
  *	mode TEXT		what the kernel must say of its KVM
@@ -79,6 +80,8 @@ static bool set(struct leg *leg, const char *key, char *value)
 		return (leg->background = value);
 	if (!strcmp(key, "memory"))
 		return (leg->mib = (unsigned)atoi(value));
+	if (!strcmp(key, "boot"))
+		return (leg->boot = (unsigned)atoi(value));
 	if (!strcmp(key, "module"))
 		return add(leg->module, &leg->modules, value);
 	if (!strcmp(key, "file"))

@@ -212,7 +212,9 @@ unsigned result_look(void *opaque)
 	if (!console.news)
 		return 0;
 	console.news = false;
-	return console.current ? console.current->seconds + GRACE : BOOT_SECONDS;
+	if (console.current)
+		return console.current->seconds + GRACE;
+	return leg->boot ? leg->boot : BOOT_SECONDS;
 }
 
 /*

@@ -56,6 +56,7 @@ struct leg {
 	char *suite, *cpu, *mode; /* suite of Debian: a release's codename, or its backports */
 	char *cmdline; /* more of it; NULL */
 	unsigned mib;
+	unsigned boot; /* seconds until it must have said something; 0: BOOT_SECONDS */
 	char *module[MAX], *file[MAX];
 	char *background; /* a program that runs beside all tests */
 	unsigned modules, files, tests, skips;
