@@ -63,12 +63,11 @@ _Static_assert(sizeof(struct frame) == 16, "0.39 % of memory; the budget for met
 #define FRAME_LOCKED FRAME_FLAG(0)
 #define FRAME_WAITERS FRAME_FLAG(1)
 #define FRAME_POISON FRAME_FLAG(2)
-#define FRAME_VISITED FRAME_FLAG(3) /* table: seen in the current walk over all guests (audit, stats) */
 #define FRAME_CANDIDATE FRAME_FLAG(6) /* merging knows its content's hash */
 #define FRAME_DEAD FRAME_FLAG(7) /* its last entry is gone; not released yet: a home slot is not vacant */
 #define FRAME_TAG (FRAME_FLAG(8) | FRAME_FLAG(9)) /* CANDIDATE: two bits of that hash */
 #define FRAME_WAS_HOME FRAME_FLAG(4) /* STABLE: lies in a home extent */
-#define FRAME_FULL FRAME_FLAG(8) /* STABLE, which has no tag: as many share it as may (mm/stable.h, S4) */
+#define FRAME_FULL FRAME_FLAG(3) /* STABLE: as many share it as may (mm/stable.h, S4) */
 _Static_assert(FRAME_PINS_BITS + 4 + 5 + 3 + 10 == 32, "the bits word is full");
 
 #define FRAME_OWNER_BITS 24

@@ -164,9 +164,13 @@ void candidates_add(struct candidates *t, struct pool *pool, uint64_t hash, pfn_
 	uint32_t bits = atomic_load_explicit(word, memory_order_relaxed);
 	struct candidate *c;
 
-	while (!atomic_compare_exchange_weak_explicit(word, &bits, (bits & ~FRAME_TAG) | FRAME_CANDIDATE | tag_of(hash),
-						      memory_order_relaxed, memory_order_relaxed))
-		;
+	do {
+		enum frame_kind kind = (enum frame_kind)((bits & FRAME_KIND_MASK) >> FRAME_KIND_SHIFT);
+
+		if (kind != FRAME_HOME && kind != FRAME_PRIVATE)
+			return; /* another thread has made it stable since it was looked at */
+	} while (!atomic_compare_exchange_weak_explicit(word, &bits, (bits & ~FRAME_TAG) | FRAME_CANDIDATE | tag_of(hash),
+							memory_order_relaxed, memory_order_relaxed));
 	if (!(bits & FRAME_CANDIDATE))
 		atomic_fetch_add_explicit(&t->marked, 1, memory_order_relaxed);
 	for (c = slot_of(t, hash); c->pfn; c = slot_next(t, c))

@@ -260,6 +260,7 @@ static void fuse_commit(struct change *c)
 		entry_store(f->spot[i].slot, entry_fused(f->into));
 		frame_drop(f->h, f->from, &c->dead);
 	}
+	stable_give_up(f->h, f->stable);
 }
 
 static void fuse_cancel(struct change *c)

@@ -603,6 +603,16 @@ static void commit_stable(struct plan *pl)
 	lock_drop(&h->stable);
 }
 
+/* The entries are where the chains say (S5 of mm/stable.h). */
+static void commit_chained(struct plan *pl)
+{
+	lock_take(&pl->h->stable);
+	for_each_page(p, &pl->from, pl->r)
+		if (p->to != RUN_ZERO)
+			p->stable->promised--;
+	lock_drop(&pl->h->stable);
+}
+
 static void commit_entry(struct plan *pl, struct run_page *p, entry_t *slot)
 {
 	struct host *h = pl->h;
@@ -632,6 +642,7 @@ static void plan_commit(struct change *c)
 				commit_entry(pl, p, slot);
 		}
 	}
+	commit_chained(pl);
 }
 
 static const struct change_ops plan_ops = {

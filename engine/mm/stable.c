@@ -257,7 +257,7 @@ void stable_free(struct host *h, struct stable *s)
 /* True: there is room, and it is promised. */
 static bool promise(struct stable *s)
 {
-	if (s->count + s->promised == s->room)
+	if (s->count + s->promised >= s->room) /* a pair that is added is still promised for a moment */
 		return false;
 	s->promised++;
 	return true;
@@ -308,6 +308,7 @@ void stable_publish(struct host *h, struct stable *s, pfn_t pfn)
 	struct frame *f = pfn_frame(h->pool, pfn);
 
 	s->pfn = pfn;
+	s->promised = 1;
 	if (frame_kind(f) == FRAME_HOME)
 		atomic_fetch_or_explicit(&f->bits, FRAME_WAS_HOME, memory_order_relaxed);
 	frame_set_kind(f, FRAME_STABLE, 0);
@@ -324,8 +325,6 @@ void stable_chain(struct stable *s, uint64_t where)
 	kage_assert(s->count < s->room);
 	s->chain[s->count] = where;
 	WRITE_ONCE(s->count, s->count + 1);
-	if (s->promised)
-		s->promised--; /* a fresh one's first pairs were promised to nobody */
 }
 
 static bool frame_get_unless_zero(struct frame *f)
@@ -479,7 +478,7 @@ void stable_prune(struct host *h, struct stable *s, bool (*keep)(struct host *h,
 	if (!copy)
 		return;
 	lock_take(&h->stable);
-	if (s->room == room) {
+	if (s->room == room && !s->promised) { /* S5 */
 		count = s->count;
 		pruned = s->pruned;
 		memcpy(copy, s->chain, count * sizeof(*copy));

@@ -28,6 +28,9 @@
  *      sets FRAME_FULL                      looks at FRAME_FULL: not there yet, or takes
  *      looks at refs: still? to the end     host->stable and brings it to the front
  *
+ *  S5  whoever adds a pair holds its promise until the entries are in the tables as well: while anybody holds one, a pair that finds
+ *      nothing may yet find something, and nothing is pruned.
+ *
  * Locks: host->stable guards table and chains. Several changes may add to a chain at
  * once: each has reserved room for its own pairs before, which `promised` counts.
  */
@@ -66,13 +69,13 @@ void stable_finish(struct host *h);
 /* Allocates the object that makes a frame stable; not visible yet. -ENOMEM. */
 struct stable *stable_alloc(struct host *h, uint32_t domain, uint64_t hash);
 void stable_free(struct host *h, struct stable *s);
-/* Room for one more pair, until it is added or given up. -ENOMEM. The caller has a reference. */
+/* Room for one more pair, until it is given up, whether it has been added or not (S5). -ENOMEM. The caller has a reference. */
 int stable_promise(struct host *h, struct stable *s);
 void stable_give_up(struct host *h, struct stable *s);
 /*
  * Under host->stable, which a change takes once for all of its pages:
- * publishes, the frame is STABLE from now on, its refs are already what they must be; and
- * adds a pair, for which room was promised.
+ * publishes, the frame is STABLE from now on, its refs are already what they must be, with a promise
+ * for whoever does it to give up; and adds a pair, for which room was promised.
  */
 void stable_publish(struct host *h, struct stable *s, pfn_t pfn);
 void stable_chain(struct stable *s, uint64_t where);

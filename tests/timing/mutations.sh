@@ -13,7 +13,6 @@
 #   reads      a load from such a page goes through
 #   alone      only pages with their like are put out of reach (no "fake merging")
 #   drop       the fault looks at the count of the frame that it leaves, and frees it
-#   flush      frames stay in the cache after they were read
 #   draws      the frame that was given back last is drawn first: what rejects it is a unit test
 #
 # A mutation of code that is not there any more is an error, not a success.
@@ -24,13 +23,17 @@ dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 failed=0
 
-fresh() {
-	git -C "$top" ls-files -z engine include backends tests meson.build meson_options.txt README.md |
-		(cd "$top" && xargs -0 tar cf - 2>/dev/null) | tar xf - -C "$dir"
+# What the last mutation has changed is as it was, and new to ninja.
+restore() {
+	sort -u "$dir/changed" | while read -r file; do
+		cp "$top/$file" "$dir/$file"
+	done
+	: >"$dir/changed"
 }
 
 # change FILE OLD NEW: the text occurs once.
 change() {
+	echo "$1" >>"$dir/changed"
 	python3 - "$dir/$1" "$2" "$3" <<'PY' || { echo "mutations: $1 has changed: correct this script" >&2; exit 1; }
 import sys
 path, old, new = sys.argv[1:]
@@ -60,9 +63,6 @@ mutate() {
 	drop)
 		change engine/mm/fault.c 'if (entry_is_fused(w->old) && fused_gone(' 'if (entry_is_fused(w->old) && false && fused_gone('
 		;;
-	flush)
-		change engine/mm/fused.c 'cache_flush(pfn_hva(pool, pfn), PAGE_SIZE);' '(void)pool, (void)pfn;'
-		;;
 	draws)
 		change engine/mm/fused.c 'i = random_below(&r->random, n);' 'i = n - 1;'
 		;;
@@ -76,13 +76,13 @@ mutate() {
 # Prints what the test found; true: nothing, in a hardened domain. What it finds in one it has to find twice.
 try() {
 	if [ "$1" = draws ]; then
-		ninja -C "$dir/build" tests/unit/unit-tenant >"$dir/log" 2>&1 || { tail "$dir/log"; exit 1; }
+		ninja -j2 -C "$dir/build" tests/unit/unit-tenant >"$dir/log" 2>&1 || { tail "$dir/log"; exit 1; }
 		"$dir/build/tests/unit/unit-tenant" >"$dir/out" 2>&1
 		result=$?
 		grep ':[FE]:' "$dir/out"
 		return $result
 	fi
-	ninja -C "$dir/build" tests/timing/timing-merged >"$dir/log" 2>&1 || { tail "$dir/log"; exit 1; }
+	ninja -j2 -C "$dir/build" tests/timing/timing-merged >"$dir/log" 2>&1 || { tail "$dir/log"; exit 1; }
 	"$dir/build/tests/timing/timing-merged" >"$dir/out" 2>&1
 	grep hardened "$dir/out"
 	for what in loads stores; do
@@ -91,10 +91,12 @@ try() {
 	grep -q 'hardened stores' "$dir/out" || exit 1
 }
 
-fresh
+git -C "$top" ls-files -z engine include backends tests meson.build meson_options.txt README.md |
+	(cd "$top" && xargs -0 tar cf -) | tar xf - -C "$dir"
+: >"$dir/changed"
 meson setup "$dir/build" "$dir" -Dbuildtype=debugoptimized -Dbench=false >"$dir/log" 2>&1 || { tail "$dir/log"; exit 1; }
-for name in ${*:-none reuse reads alone drop flush draws}; do
-	fresh
+for name in ${*:-none reuse reads alone drop draws}; do
+	restore
 	mutate "$name"
 	echo "mutations: $name"
 	if try "$name"; then
