@@ -5,7 +5,7 @@
 #   sh bench/merge/run.sh [options and suites of kage-bench-merge]
 #
 # Builds (release), makes four guests as the demo does if there are none, runs.
-# Without QEMU or a kernel the guests are generated images; it says so. Environment:
+# With --prepare it stops before it runs. Without QEMU or a kernel the guests are generated images; it says so. Environment:
 #   KAGE_BUILD         build folder, default build-release
 #   KAGE_DEMO_MIB      MiB of a guest, default 160
 set -u
@@ -21,5 +21,6 @@ if [ ! -f "$guests/how" ] || [ ! -f "$guests/guest4.ram" ]; then
 	# generated images are three: the first comes again
 	[ -f "$guests/guest4.ram" ] || cp "$guests/guest1.ram" "$guests/guest4.ram" || exit 2
 fi
+[ "${1:-}" != --prepare ] || exit 0
 echo "Guests: $(cat "$guests/how")"
 exec "$build/bench/kage-bench-merge" --guests "$guests" "$@"
