@@ -581,7 +581,11 @@ static void commit_fresh(struct plan *pl)
 	}
 }
 
-/* Frames become stable, chains learn of their new places. */
+/*
+ * Frames become stable, chains learn of their new places. Each has a reference for the entry that comes: the page that
+ * a frame was found at may be in this very run (another thread made it a candidate meanwhile, through a clone) and leave it
+ * first, with the last reference.
+ */
 static void commit_stable(struct plan *pl)
 {
 	struct host *h = pl->h;
@@ -595,6 +599,7 @@ static void commit_stable(struct plan *pl)
 		if (p->to == RUN_FRESH) {
 			where = rmap_where(h, p->into);
 			stable_publish(h, p->stable, p->into);
+			atomic_fetch_add_explicit(&pfn_frame(h->pool, p->into)->refs, 1, memory_order_relaxed);
 			stable_chain(p->stable, where);
 			candidate_unmark(&pl->m->candidates, pfn_frame(h->pool, p->into));
 		}
@@ -618,8 +623,8 @@ static void commit_entry(struct plan *pl, struct run_page *p, entry_t *slot)
 	struct host *h = pl->h;
 	bool zero = p->to == RUN_ZERO;
 
-	/* the reference of stable_get() becomes the first entry's */
-	if (!zero && (p->to == RUN_FRESH || p->result == RUN_MERGED))
+	/* the reference of stable_get(), or of commit_stable(), becomes the first entry's */
+	if (!zero && p->result == RUN_MERGED)
 		atomic_fetch_add_explicit(&pfn_frame(h->pool, p->into)->refs, 1, memory_order_relaxed);
 	p->result = RUN_MERGED;
 	entry_store(slot, entry_leaf(p->into, zero ? ENTRY_SPECIAL : 0));
