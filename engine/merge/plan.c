@@ -212,15 +212,20 @@ static int place_of_mm(struct mm *mm, void *arg)
 	return place_add(mm->host, s, &at);
 }
 
-/* A frame in use, of a kind that carries a (layer, gfn) pair. Inside a read section. */
+/*
+ * A frame in use, of a kind that carries a (layer, gfn) pair. Inside a read section: what is in use now is not
+ * given back before its end, and so its extent is there. A home slot that is not may be one whose extent goes right now.
+ */
 static bool frame_listed(struct host *h, pfn_t pfn)
 {
-	enum frame_kind kind;
+	const struct frame *f;
 
 	if (!pfn_section(h->pool, pfn))
 		return false;
-	kind = frame_kind(pfn_frame(h->pool, pfn));
-	return kind == FRAME_PRIVATE || (kind == FRAME_HOME && pfn_block(h->pool, pfn)->extent);
+	f = pfn_frame(h->pool, pfn);
+	if (frame_kind(f) == FRAME_HOME)
+		return READ_ONCE(f->refs) || frame_in_block(h, pfn);
+	return frame_kind(f) == FRAME_PRIVATE;
 }
 
 /* The layer that the page's frame belongs to; 0: freed since, and perhaps handed out to somebody else. */
