@@ -224,7 +224,7 @@ static bool frame_listed(struct host *h, pfn_t pfn)
 		return false;
 	f = pfn_frame(h->pool, pfn);
 	if (frame_kind(f) == FRAME_HOME)
-		return READ_ONCE(f->refs) || frame_in_block(h, pfn);
+		return READ_ONCE(pfn_block(h->pool, pfn)->extent) && (READ_ONCE(f->refs) || frame_in_block(h, pfn));
 	return frame_kind(f) == FRAME_PRIVATE;
 }
 
@@ -587,28 +587,29 @@ static void commit_fresh(struct plan *pl)
 }
 
 /*
- * Frames become stable, chains learn of their new places. Each has a reference for the entry that comes: the page that
- * a frame was found at may be in this very run (another thread made it a candidate meanwhile, through a clone) and leave it
- * first, with the last reference.
+ * Frames become stable, chains learn of their new places. The page that a frame was found at may be in this very run (another
+ * thread made the frame a candidate meanwhile, through a clone), before or behind the one that comes to it. So all chains learn of
+ * the pages first, while the frames still say whose they are; and each frame has a reference for the entry that
+ * comes, since the page may leave it before, with the last one.
  */
 static void commit_stable(struct plan *pl)
 {
 	struct host *h = pl->h;
 
 	lock_take(&h->stable);
+	for_each_page(p, &pl->from, pl->r)
+		if (p->to != RUN_ZERO)
+			stable_chain(p->stable, rmap_where(h, p->from));
 	for_each_page(p, &pl->from, pl->r) {
 		uint64_t where;
 
-		if (p->to == RUN_ZERO)
+		if (p->to != RUN_FRESH)
 			continue;
-		if (p->to == RUN_FRESH) {
-			where = rmap_where(h, p->into);
-			stable_publish(h, p->stable, p->into);
-			atomic_fetch_add_explicit(&pfn_frame(h->pool, p->into)->refs, 1, memory_order_relaxed);
-			stable_chain(p->stable, where);
-			candidate_unmark(&pl->m->candidates, pfn_frame(h->pool, p->into));
-		}
-		stable_chain(p->stable, rmap_where(h, p->from));
+		where = rmap_where(h, p->into);
+		stable_publish(h, p->stable, p->into);
+		atomic_fetch_add_explicit(&pfn_frame(h->pool, p->into)->refs, 1, memory_order_relaxed);
+		stable_chain(p->stable, where);
+		candidate_unmark(&pl->m->candidates, pfn_frame(h->pool, p->into));
 	}
 	lock_drop(&h->stable);
 }

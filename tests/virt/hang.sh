@@ -8,8 +8,9 @@
 set -u
 
 tmp=$(mktemp -d) || exit 1
-name=hang-$$
-trap 'rm -rf "$tmp" "$4/$name"' EXIT
+name=hang
+out=$4/$name
+trap 'rm -rf "$tmp"' EXIT
 fail() { echo "FAIL: $*; it said:"; cat "$tmp/said"; exit 1; }
 
 cat >"$tmp/$name" <<END
@@ -18,7 +19,7 @@ cpu qemu64
 suite bookworm
 memory 256
 mode none
-boot 15
+boot 20
 cmdline loglevel=7 rdinit=/bin/busybox -- sleep 100000
 test nothing 10 tests/virt/virt-hold
 END
@@ -29,5 +30,5 @@ status=$?
 grep -q 'the machine hung, and was destroyed' "$tmp/said" || fail "the leg did not say why"
 grep -q "^LEG $name: 0 passed, [1-9][0-9]* failed" "$tmp/said" || fail "the leg did not say that it failed"
 grep -q '^  | \[ ' "$tmp/said" || fail "the console was not shown"
-grep -q 'Linux version' "$4/$name/console" || fail "the console was not kept"
+grep -q 'Linux version' "$out/console" || fail "the console was not kept"
 ! grep -qs "guest=kage-$name," /proc/[0-9]*/cmdline || fail "its QEMU lives on"

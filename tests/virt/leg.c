@@ -7,7 +7,7 @@
  *	suite SUITE		where the kernel comes from, by codename: bookworm, bookworm-backports
  *	memory MIB
  *	cmdline TEXT		more for the kernel's command line
- *	boot SECONDS		until it must have said its kernel's name (180)
+ *	boot SECONDS		how long it may be silent where no test runs (180)
  *	module NAME [PARAMETER=VALUE]...
  *	background PROGRAM	runs beside all tests
  *	mode TEXT		what the kernel must say of its KVM

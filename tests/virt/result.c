@@ -142,7 +142,7 @@ static void use_line(struct leg *leg, const char *line)
 		leg->panic = true;
 	else if ((lockup = strstr(line, "BUG: soft lockup"))) /* of a nested guest's kernel too */
 		lock_up(leg, lockup);
-	else if (strstr(line, "(triple fault)")) /* of a nested guest: test_linux.c */
+	else if (strstr(line, ": triple fault before any clone")) /* of a nested guest: test_linux.c */
 		leg->locked = console.enough = true;
 	else if (console.current)
 		test_line(leg, console.current, line);

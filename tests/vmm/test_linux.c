@@ -54,7 +54,8 @@ struct guest {
 	unsigned proofs;
 	struct proof proof[PROOFS];
 	bool bad;
-	bool stuck, reported; /* its kernel says that a CPU stands still */
+	bool stuck, reported; /* its kernel says that a CPU stands still, or one does */
+	bool shutdown;        /* a triple fault */
 };
 
 static struct options {
@@ -130,14 +131,14 @@ static int guest_exit(struct vmm_vcpu *vcpu, struct kvm_run *run, void *opaque)
 
 	if (run->exit_reason == KVM_EXIT_IO || run->exit_reason == KVM_EXIT_MMIO)
 		return VMM_CONTINUE;
-	if (run->exit_reason == KVM_EXIT_SYSTEM_EVENT)
+	if (run->exit_reason == KVM_EXIT_SYSTEM_EVENT || run->exit_reason == KVM_EXIT_HLT)
 		return VMM_STOP;
 	pthread_mutex_lock(&g->lock);
 	g->bad = g->stuck = true;
-	printf("vmm-linux: %s: vCPU %u: exit reason %u%s\n", g->name, vcpu->index, run->exit_reason,
-	       run->exit_reason == KVM_EXIT_SHUTDOWN ? " (triple fault)" : "");
+	g->shutdown = run->exit_reason == KVM_EXIT_SHUTDOWN;
+	printf("vmm-linux: %s: vCPU %u: exit reason %u\n", g->name, vcpu->index, run->exit_reason);
 	pthread_mutex_unlock(&g->lock);
-	return VMM_STOP;
+	return g->shutdown ? VMM_STOP : -EIO;
 }
 
 static bool is_ready(const struct guest *g)
@@ -164,8 +165,11 @@ static void report_stuck(struct guest *g)
 	first = g->stuck && !g->reported;
 	g->reported |= first;
 	pthread_mutex_unlock(&g->lock);
-	if (first)
-		vmm_report(g->vmm);
+	if (!first)
+		return;
+	vmm_report(g->vmm);
+	if (g->shutdown && !guests[1].vmm) /* who reads this takes it for a fault of the machine below */
+		printf("vmm-linux: %s: triple fault before any clone\n", g->name);
 }
 
 static void report_all(void)
@@ -192,6 +196,7 @@ static bool wait_for(struct guest *g, bool (*true_of)(const struct guest *), con
 		pthread_mutex_lock(&g->lock);
 	}
 	pthread_mutex_unlock(&g->lock);
+	report_all();
 	if (!is)
 		printf("vmm-linux: %s: no %s; vCPU 0: state %d, result %d, exit %u\n", g->name, what,
 		       g->vmm->vcpu[0]->state, g->vmm->vcpu[0]->result, g->vmm->vcpu[0]->reason);
@@ -379,7 +384,8 @@ static bool switch_off(struct guest *g)
 
 	while (off && vmm_vcpu_wait(g->vmm->vcpu[0], 1000) && (off = seconds() < end))
 		report_all();
-	check(off && g->vmm->vcpu[0]->result == VMM_STOP, g, "it did not switch off");
+	report_all();
+	check(off && g->vmm->vcpu[0]->result == VMM_STOP && !g->bad, g, "it did not switch off");
 	return off;
 }
 
