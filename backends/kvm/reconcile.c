@@ -33,7 +33,7 @@ static int found_run(void *arg, char *from, char *to)
 		uint64_t i = (uint64_t)(from - f->base) >> PAGE_SHIFT;
 
 		if (i < f->npages)
-			f->map[i / 64] |= (uint64_t)1 << (i % 64);
+			bit_set(f->map, i);
 	}
 	return 0;
 }
@@ -120,7 +120,7 @@ static void range_diverged(struct kage_kvm *k, gfn_t start, unsigned npages, uin
 		f.base = kvm_hva(k, s.gfn) - ((s.gfn.v - start.v) << PAGE_SHIFT);
 		if (s.kind == RUN_SHARED)
 			for (uint64_t i = s.gfn.v - start.v; i < run_end(&s).v - start.v; i++)
-				map[i / 64] &= ~((uint64_t)1 << (i % 64)); /* protected where nothing is: looks private */
+				bit_clear(map, i); /* protected where nothing is: looks private */
 		else if (compare)
 			compare_range(k, &s, &f);
 	}
@@ -135,7 +135,7 @@ static bool unmark(struct kage_kvm *k, gfn_t start, unsigned npages, const uint6
 	bool any = false;
 
 	for (unsigned i = 0; i < npages; i++) {
-		const char *at = map[i / 64] >> (i % 64) & 1 ? kvm_hva(k, gfn_add(start, i)) : NULL;
+		const char *at = bit_test(map, i) ? kvm_hva(k, gfn_add(start, i)) : NULL;
 
 		if (at)
 			(void)READ_ONCE(*at);
@@ -181,7 +181,7 @@ static bool block_found(const uint64_t *map, gfn_t base, gfn_t start, gfn_t end,
 		return false;
 	for (unsigned i = 0; i < BLOCK_PAGES; i++) /* only what was asked for */
 		if (base.v + i < start.v || base.v + i >= end.v)
-			out[i / 64] &= ~((uint64_t)1 << (i % 64));
+			bit_clear(out, i);
 	return true;
 }
 

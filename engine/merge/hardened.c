@@ -344,5 +344,5 @@ void hardened_group(struct scanner *s)
 	while ((n = look_some(s, l)) > 0)
 		for (unsigned i = 0; i < n; i++)
 			if (l[i].what == LOOK_LATER || (l[i].what == LOOK_HASHED && !fuse_page(s, &l[i])))
-				s->later[l[i].at / 64] |= (uint64_t)1 << (l[i].at % 64);
+				bit_set(s->later, l[i].at);
 }

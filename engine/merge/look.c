@@ -129,7 +129,7 @@ static bool is_populated(struct scanner *s, pfn_t pfn)
 		pool_populated(s->m->host->pool, base, BLOCK_PAGES, s->populated);
 		s->populated_base = base;
 	}
-	return s->populated[(pfn.v - base.v) / 64] >> (pfn.v % 64) & 1;
+	return bit_test(s->populated, pfn.v - base.v);
 }
 
 /* LOOK_HASHED stands for: it has a frame to be read. */
@@ -174,7 +174,7 @@ static bool page_hinted(struct scanner *s, struct look *l)
 	struct pool *pool = s->m->host->pool;
 	uint64_t next = s->hint.v + s->base.v + l->at - s->hint_gfn.v;
 
-	if (pfn_is_none(s->hint) || s->hashed[l->at / 64] >> (l->at % 64) & 1)
+	if (pfn_is_none(s->hint) || bit_test(s->hashed, l->at))
 		return false;
 	l->into = PFN(next);
 	l->stable = NULL;

@@ -400,7 +400,7 @@ static void plan_diverged(struct change *c, const struct change_target *t, const
 			uint64_t i = side[n]->base.v + page_at(side[n], pl->r, p) - t->notify.start.v;
 
 			if (side[n]->family == t->mm->family && i < t->notify.end.v - t->notify.start.v &&
-			    map[i / 64] >> (i % 64) & 1)
+			    bit_test(map, i))
 				page_drop(p, RUN_RACED);
 		}
 	}
@@ -674,8 +674,8 @@ static void target_diverged(const struct change_target *t, uint64_t map[BLOCK_PA
 	for (unsigned i = 0; i < n; i++) {
 		uint64_t at = t->notify.start.v - base.v + i;
 
-		if (found[i / 64] >> (i % 64) & 1 && mm_region(t->mm, gfn_add(base, at)))
-			map[at / 64] |= (uint64_t)1 << (at % 64);
+		if (bit_test(found, i) && mm_region(t->mm, gfn_add(base, at)))
+			bit_set(map, at);
 	}
 }
 
