@@ -305,7 +305,7 @@ static int map_gathered(struct kage_kvm *k, gfn_t gfn)
 		return -ENOMEM;
 	for (unsigned i = 0; i < one.npages; i++)
 		if (page_want(k, gfn_add(gfn, i), &page) && page.kind != RUN_ZERO && page.kind != RUN_KEEP)
-			guest_copy(at + (i << PAGE_SHIFT), pfn_hva(k->pool, page.pfn), PAGE_SIZE);
+			guest_copy_page(at + (i << PAGE_SHIFT), pfn_hva(k->pool, page.pfn));
 	madvise(at, len, MADV_DONTFORK);
 	madvise(at, len, MADV_DONTDUMP);
 	if (mremap(at, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, one.hva) == MAP_FAILED) {

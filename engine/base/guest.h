@@ -49,6 +49,15 @@ static inline int guest_compare(const void *a, const void *b, size_t len)
 }
 #endif
 
+/*
+ * A page, from border to border. The compiler is told so: gcc's copy of a constant size begins behind the first
+ * 8 bytes where it knows of no border, and `rep movs` takes a fifth more time from there.
+ */
+static inline void guest_copy_page(void *to, const void *from)
+{
+	guest_copy_long(__builtin_assume_aligned(to, PAGE_SIZE), __builtin_assume_aligned(from, PAGE_SIZE), PAGE_SIZE);
+}
+
 static inline void guest_copy(void *to, const void *from, size_t len)
 {
 	if ((len == 1 || len == 2 || len == 4 || len == 8) && !(((uintptr_t)to | (uintptr_t)from) & (len - 1)))

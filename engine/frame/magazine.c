@@ -28,7 +28,10 @@ static struct magazine *mag_here(struct arena *a)
 	return &a->mag[likely(cpu < a->nmag) ? cpu : cpu % a->nmag];
 }
 
-/* Takes what of `pfn` fits; the rest goes back to the buddy. */
+/*
+ * Takes what of `pfn` fits; the rest goes back to the buddy. They will leave in the order in which they stand there,
+ * which is mostly that of memory: neighbours are copied to faster one after the other.
+ */
 static void mag_stock(struct arena *a, const uint32_t *pfn, unsigned n)
 {
 	struct magazine *m = mag_here(a);
@@ -36,8 +39,8 @@ static void mag_stock(struct arena *a, const uint32_t *pfn, unsigned n)
 
 	if (lock_try(&m->lock)) {
 		kept = MIN(n, MAG_SIZE - m->count);
-		memcpy(&m->pfn[m->count], pfn, kept * sizeof(pfn[0]));
-		m->count += kept;
+		for (unsigned i = kept; i-- > 0;)
+			m->pfn[m->count++] = pfn[i];
 		lock_drop(&m->lock);
 	}
 	if (kept < n)
@@ -63,8 +66,8 @@ static pfn_t mag_get(struct arena *a)
 		env_due(a->domain->pool->env);
 	if (n == 0)
 		return PFN_NONE;
-	mag_stock(a, batch, n - 1);
-	return PFN(batch[n - 1]);
+	mag_stock(a, batch + 1, n - 1);
+	return PFN(batch[0]);
 }
 
 static void mag_put(struct arena *a, pfn_t pfn)

@@ -195,7 +195,7 @@ static int fuse_inspect(struct change *c)
 	if (spot_holds(f, &f->spot[0]) && !fuse_pinned(f)) {
 		r = 0;
 		if (f->fresh) {
-			guest_copy(into, from, PAGE_SIZE);
+			guest_copy_page(into, from);
 			f->stable->hash = page_hash(f->tenant, into);
 		} else if (guest_compare(from, into, PAGE_SIZE)) {
 			r = -EILSEQ;

@@ -49,7 +49,7 @@ static int copy_page(struct clone *k, struct cursor *c, gfn_t gfn)
 
 	if (r)
 		return r;
-	guest_copy(pfn_hva(pool, pfn), pfn_hva(pool, entry_pfn(c->entry)), PAGE_SIZE);
+	guest_copy_page(pfn_hva(pool, pfn), pfn_hva(pool, entry_pfn(c->entry)));
 	atomic_store_explicit(&pfn_frame(pool, pfn)->where, frame_where(k->child_layer->id, gfn), memory_order_relaxed);
 	layer_use(k->child_layer);
 	w = table_lock(child->family, 0, gfn);

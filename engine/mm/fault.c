@@ -70,7 +70,7 @@ static int cow_prepare(struct change *c)
 		return 0;
 	rcu_enter(); /* a frame that the entry still has now stays readable, even if merging takes it away meanwhile */
 	if (entry_load(w->slot) == w->old)
-		guest_copy(pfn_hva(pool, copy), pfn_hva(pool, from), PAGE_SIZE);
+		guest_copy_page(pfn_hva(pool, copy), pfn_hva(pool, from));
 	else
 		r = -EAGAIN;
 	if (fused)
