@@ -518,6 +518,80 @@ START_TEST(destroyed_meanwhile)
 }
 END_TEST
 
+static uint64_t step_pages;
+
+static void *step_thread(void *arg)
+{
+	ok(kage_engine_step(engine, KAGE_CFG(kage_budget, .pages = step_pages), NULL));
+	return NULL;
+}
+
+/* Another scanner goes on where this one is not. */
+static void scan_others(const struct kage_range *range)
+{
+	ok(pthread_create(&thread, NULL, step_thread, NULL));
+	ok(pthread_join(thread, NULL));
+}
+
+/*
+ * A page leaves a frame in the change in which another page of the run comes to it. For that, two scanners:
+ *
+ *      a's                                       its clone b's
+ *      looks at pages X and Y, equal ones: X
+ *      goes with its neighbours to the next
+ *      merged frame, which has room for one more
+ *      merges the neighbours first
+ *                                                X's frame is nobody's candidate, the merged frame is full: a candidate
+ *      Y's contents: the merged frame is full,
+ *      but X's is a candidate
+ *      one change: X's frame to the merged one,
+ *      Y's frame to X's
+ *
+ * If X lies first (0), its frame loses its last entry, in the table that both guests share, before it has a new one; if Y
+ * does (1), X's frame is a merged one before its places are known.
+ */
+START_TEST(left_by_one_page_and_joined_by_another)
+{
+	const uint64_t x = 56 + (uint64_t)_i, y = 57 - (uint64_t)_i; /* behind a gap that ends a run */
+	struct kage_vm *first = guest(64, KAGE_REGION_NOHUGE), *second = guest(64, KAGE_REGION_NOHUGE);
+	struct kage_progress p;
+
+	ok(kage_engine_tune(engine, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE, .max_sharing = 3)));
+	fill(first, 64);
+	fill(second, 64);
+	pass();
+	ck_assert_uint_eq(pass().pages_merged, 64);
+	a = guest(64, KAGE_REGION_NOHUGE);
+	fill(a, 16);
+	put(a, x, x);
+	put(a, y, x);
+	ok(kage_vm_clone(a, NULL, &b));
+	step_pages = x + 1;
+	if (_i)
+		put(b, y, 1000);
+	ck_assert_uint_eq(pass().pages_merged, 0);
+	listen_to(a, scan_others);
+	p = pass();
+	listen_no_more();
+	audit();
+	all_hold(a, 16, UINT64_MAX);
+	all_hold(b, 16, UINT64_MAX);
+	holds(a, x, x);
+	holds(b, x, x);
+	holds(a, y, x);
+	holds(b, y, _i ? 1000 : x);
+	ck_assert_uint_eq(stats(NULL).ksm_stable_chains, 1); /* X's contents: the merged frame, and X's own */
+	ck_assert_uint_eq(stats(NULL).ksm_stable_dups, 2);
+	ck_assert_uint_eq(p.pages_merged, 18);
+	ok(kage_vm_destroy(first));
+	ok(kage_vm_destroy(second));
+	ok(kage_engine_step(engine, NULL, NULL));
+	audit();
+	holds(a, x, x);
+	holds(a, y, x);
+}
+END_TEST
+
 static struct kage_vm *cloned;
 
 static void clone_b(const struct kage_range *range)
@@ -715,6 +789,7 @@ int main(void)
 	tcase_add_test(races, unmergeable_meanwhile);
 	tcase_add_test(races, written_meanwhile);
 	tcase_add_test(races, destroyed_meanwhile);
+	tcase_add_loop_test(races, left_by_one_page_and_joined_by_another, 0, 2);
 	tcase_add_test(races, cloned_meanwhile);
 	tcase_add_test(races, unmerge_at_the_limit);
 	suite_add_tcase(suite, races);
