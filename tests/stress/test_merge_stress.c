@@ -12,7 +12,8 @@
  *
  * Races are not left to luck: a listener holds every second merge back for a moment between its start and its end, and the
  * other threads go for pages of ranges that are in flight. What is counted are operations that began in that time ("met").
- * The run goes on until each has been met often enough, ten times as long as asked for at most.
+ * The run goes on until each has been met often enough, PATIENCE times as long as asked for at most: on a machine that has other things
+ * to do threads that wait for each other's moments meet less and less often.
  *
  * Locks: slot->life, for reading around operations, for writing by who makes and ends guests, or wants it
  * quiet to clone it. Merging knows nothing of it.
@@ -41,6 +42,7 @@
 #define CONTENTS  5 /* 0: zero */
 #define LIMIT	  (PAGE * 800) /* of some 2,300 pages that there may be */
 #define MET_LEAST 20
+#define PATIENCE 60
 #define RANGE(start, end) ((start) << 32 | (end))
 
 enum owner { WRITER_0, WRITER_1, DEVICE, DISCARDER, OWNERS };
@@ -600,7 +602,7 @@ static int run(bool limited)
 	for (unsigned i = 0; i < JOBS; i++)
 		if (pthread_create(&thread[i], NULL, run_job, (void *)&jobs[i]))
 			die("no thread");
-	for (uint64_t s = 0; s < w.seconds || (s < 10 * w.seconds && !enough()); s++)
+	for (uint64_t s = 0; s < w.seconds || (s < PATIENCE * w.seconds && !enough()); s++)
 		nanosleep(&(struct timespec){.tv_nsec = 500000000}, NULL);
 	atomic_store(&w.stop, true);
 	for (unsigned i = 0; i < JOBS; i++)
