@@ -22,6 +22,21 @@
  *     each pass. Of frames that were written and hashed anew, whose old entry is told
  *     by its tag alone, each sweep takes three in four.
  *  5. a table that is used to less than a sixteenth after a pass becomes as small as four times what is in it.
+ *  6. who sees the mark inside a read section finds the frame's owner in the rest of it, if the mark is still there afterwards:
+ *
+ *      the reader, inside a read section       unmap, destroy; a COW break of the last entry
+ *      bits: CANDIDATE, HOME
+ *                                              the last entry goes: DEAD, then PENDING
+ *                                              (the pieces of a block keep their bits: only the first is PENDING)
+ *      the extent's layer, gfn
+ *                                              pool_reap(): a grace period, so the section is over; the slot is emptied, its bits
+ *                                              become zero, it lets its reference of the extent go; with the last one:
+ *                                              another grace period, and the extent is freed
+ *
+ *     So a mark that is still to be seen says that neither grace period has passed for whoever sees it. Nobody sets one
+ *     later: candidates_add() is for a frame that an entry maps in that same section. Of a PRIVATE frame `where` is
+ *     the owner only while its kind says so: it is the link of a PENDING one, the record of a STABLE one (stable_publish()
+ *     sets the kind first). So the kind is looked at once more.
  *
  * Locks: t->lock, for moments; inside it nothing else is taken.
  *
@@ -29,6 +44,7 @@
  * cost it eight microseconds to read.
  */
 #include "merge/merge.h"
+#include "mm/rmap.h"
 
 #define SLOTS_MIN 1024
 #define SWEEP_MIN 4096
@@ -92,9 +108,18 @@ bool candidate_alive(struct pool *pool, pfn_t pfn)
 
 	if (!pfn_section(pool, pfn))
 		return false;
-	bits = READ_ONCE(pfn_frame(pool, pfn)->bits);
+	bits = load_acquire(&pfn_frame(pool, pfn)->bits);
 	kind = (enum frame_kind)((bits & FRAME_KIND_MASK) >> FRAME_KIND_SHIFT);
 	return bits & FRAME_CANDIDATE && !(bits & FRAME_PINS_MAX) && (kind == FRAME_HOME || kind == FRAME_PRIVATE);
+}
+
+bool candidate_where(struct host *h, pfn_t pfn, uint64_t *where)
+{
+	if (!candidate_alive(h->pool, pfn))
+		return false;
+	*where = rmap_where(h, pfn);
+	atomic_thread_fence(memory_order_acquire);
+	return candidate_alive(h->pool, pfn);
 }
 
 /* Inside a read section. */
@@ -170,7 +195,7 @@ void candidates_add(struct candidates *t, struct pool *pool, uint64_t hash, pfn_
 		if (kind != FRAME_HOME && kind != FRAME_PRIVATE)
 			return; /* another thread has made it stable since it was looked at */
 	} while (!atomic_compare_exchange_weak_explicit(word, &bits, (bits & ~FRAME_TAG) | FRAME_CANDIDATE | tag_of(hash),
-							memory_order_relaxed, memory_order_relaxed));
+							memory_order_release, memory_order_relaxed));
 	if (!(bits & FRAME_CANDIDATE))
 		atomic_fetch_add_explicit(&t->marked, 1, memory_order_relaxed);
 	for (c = slot_of(t, hash); c->pfn; c = slot_next(t, c))

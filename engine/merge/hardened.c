@@ -117,15 +117,11 @@ static int spots_find(struct fuse *f)
 	struct layer *l = NULL;
 
 	rcu_enter();
-	if (pfn_section(h->pool, f->from)) {
-		enum frame_kind kind = frame_kind(pfn_frame(h->pool, f->from));
+	if (frame_listed(h, f->from)) {
+		uint64_t where = rmap_where(h, f->from);
 
-		if (kind == FRAME_PRIVATE || (kind == FRAME_HOME && pfn_block(h->pool, f->from)->extent)) {
-			uint64_t where = rmap_where(h, f->from);
-
-			if (where_index(where).v == f->gfn.v)
-				l = layer_find(h, where_owner(where));
-		}
+		if (where_index(where).v == f->gfn.v)
+			l = layer_find(h, where_owner(where));
 	}
 	rcu_leave();
 	return l && l->family == f->family ? layer_each_mm(l, spot_of_mm, f) : -EAGAIN;

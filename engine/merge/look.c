@@ -159,11 +159,12 @@ static enum looked page_look(struct scanner *s, struct view *v, struct look *l)
 
 /* -- hints ------------------------------------------------------------------------------------ */
 
-/* The candidate's domain is the page's. Inside a read section. */
-static bool same_domain(const struct scanner *s, pfn_t candidate)
+/* It is a candidate, and its domain the page's. Inside a read section. */
+static bool candidate_near(const struct scanner *s, pfn_t pfn)
 {
 	struct host *h = s->m->host;
-	struct layer *l = layer_find(h, where_owner(rmap_where(h, candidate)));
+	uint64_t where;
+	struct layer *l = candidate_where(h, pfn, &where) ? layer_find(h, where_owner(where)) : NULL;
 
 	return l && l->family->domain == s->mm->domain;
 }
@@ -182,7 +183,7 @@ static bool page_hinted(struct scanner *s, struct look *l)
 		return false;
 	if (frame_kind(pfn_frame(pool, l->into)) == FRAME_STABLE)
 		l->stable = stable_get_frame(s->m->host, s->mm->domain, l->into, s->m->max_sharing);
-	else if (!candidate_alive(pool, l->into) || !same_domain(s, l->into))
+	else if (!candidate_near(s, l->into))
 		return false;
 	else if (sample_equal(pfn_hva(pool, l->pfn), pfn_hva(pool, l->into), l->at))
 		return true;

@@ -71,6 +71,8 @@ void candidates_drop(struct candidates *t, uint64_t hash, pfn_t pfn);
 void candidate_unmark(struct candidates *t, struct frame *f);
 /* An ordinary frame in use that carries the mark, and no pin: it stays readable for the rest of the read section. */
 bool candidate_alive(struct pool *pool, pfn_t pfn);
+/* The same, and the (layer, gfn) pair that it is found under (invariant 6 of candidate.c). */
+bool candidate_where(struct host *h, pfn_t pfn, uint64_t *where);
 uint64_t candidates_count(const struct candidates *t, struct pool *pool);
 /* Takes garbage out, if there is enough of it. */
 void candidates_sweep(struct candidates *t, struct pool *pool);

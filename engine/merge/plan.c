@@ -212,11 +212,8 @@ static int place_of_mm(struct mm *mm, void *arg)
 	return place_add(mm->host, s, &at);
 }
 
-/*
- * A frame in use, of a kind that carries a (layer, gfn) pair. Inside a read section: what is in use now is not
- * given back before its end, and so its extent is there. A home slot that is not may be one whose extent goes right now.
- */
-static bool frame_listed(struct host *h, pfn_t pfn)
+/* A home slot that is not in use may be one whose extent goes right now (invariant 6 of candidate.c). */
+bool frame_listed(struct host *h, pfn_t pfn)
 {
 	const struct frame *f;
 

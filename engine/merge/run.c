@@ -189,13 +189,18 @@ static void run_add(struct scanner *s, const struct look *l, enum run_to to)
 	s->hint_gfn = gfn_add(s->base, l->at);
 }
 
-/* False: the run has to be merged first. Inside a read section, in which the candidate is alive. */
+/* False: the run has to be merged first. Inside a read section. What is no candidate any more is not found again. */
 static bool run_add_fresh(struct scanner *s, const struct look *l)
 {
 	struct run *r = &s->run;
-	uint64_t where = rmap_where(s->m->host, l->into);
-	unsigned at = where & (BLOCK_PAGES - 1);
+	uint64_t where;
+	unsigned at;
 
+	if (!candidate_where(s->m->host, l->into, &where)) {
+		page_once_more(s, l->at);
+		return true;
+	}
+	at = where & (BLOCK_PAGES - 1);
 	if (r->fresh && (r->into != where >> LEVEL_BITS || bit_test(r->used, at)))
 		return false;
 	r->fresh = true;
@@ -231,10 +236,7 @@ static bool resolve_hint(struct scanner *s, struct look *l)
 		run_add(s, l, RUN_STABLE);
 		return true;
 	}
-	if (candidate_alive(s->m->host->pool, l->into))
-		return run_add_fresh(s, l);
-	page_once_more(s, l->at);
-	return true;
+	return run_add_fresh(s, l);
 }
 
 static bool resolve_one(struct scanner *s, struct look *l)

@@ -56,6 +56,12 @@ struct run {
 };
 
 /*
+ * A frame in use, of a kind that carries a (layer, gfn) pair. Inside a read section: what is in use now is not
+ * given back before its end, and so its extent is there.
+ */
+bool frame_listed(struct host *h, pfn_t pfn);
+
+/*
  * Replaces every entry that maps a page's `from` by one that maps its `into`, page by page for
  * itself: each gets its result. 0; -ENOMEM, and nothing was done. Both families are held for reading.
  */
