@@ -9,8 +9,8 @@
  *      lost large page drops them by address, a lost piece of it (paging off)
  *      leaves the others.
  *
- * Locks: all functions take tlb_lock; fill, drop and audit are called under the
- * shadow lock.
+ * Locks: all functions but fill take tlb_lock; fill, drop and audit are called
+ * under the shadow lock.
  *
  * Why not simpler: the index ignores the context, so two address spaces evict
  * each other where they use the same addresses, but losing a page is one probe
@@ -195,14 +195,12 @@ static void soft_fill(struct shadow_cpu *cpu, const struct shadow_fill *f)
 	struct kage_vcpu *v = vcpu_of(cpu);
 	uint64_t addend = (uintptr_t)f->hva - f->gva;
 
-	lock_take(&v->tlb_lock);
 	if (f->large) {
 		v->large_used = true;
 		set_entry(v, large_slot(v, f->gva), f->gva, addend, f->rights);
 	} else {
 		set_entry(v, tlb_slot(v, f->gva), f->gva, addend, f->rights);
 	}
-	lock_drop(&v->tlb_lock);
 }
 
 bool tlb_refill(struct kage_vcpu *v, uint64_t gva, unsigned kind)

@@ -14,8 +14,8 @@
  * empty one. Id 0xfff is in no tag: head.ctx holds it while the vCPU is parked.
  *
  * Invariants:
- *  V1  fills, and tag stores by other threads, happen under tlb_lock; the owner
- *      alone fills. So a tag never comes back after somebody overwrote it.
+ *  V1  the owner alone fills, under the shadow lock or tlb_lock; others store tags
+ *      under both. So a tag never comes back after somebody overwrote it.
  *  V2  a translation that the owner may be using has its tag in the TLB: who
  *      overwrites finds it (the result of drop).
  *  V3  running == 0 implies that head.ctx is parked: inline probes miss, and

@@ -407,6 +407,19 @@ static bool fault_adopts(const struct mm *mm, const struct region *reg)
 	return mm->mirror && reg->kind != KAGE_REGION_FOREIGN;
 }
 
+/* `exclusive`: for a write, or as good as one. */
+static bool fault_is_spurious(const struct mm_lookup *l, bool exclusive)
+{
+	return entry_is_leaf(l->entry) && (l->writable || (!exclusive && !entry_is_fused(l->entry)));
+}
+
+static int fault_spurious(struct mm *mm, struct mm_fault *f, const struct region *reg, const struct mm_lookup *l)
+{
+	f->pfn = l->pfn;
+	f->level = l->level;
+	return fault_finish(mm, f, reg, l->writable);
+}
+
 static int fault_once(struct mm *mm, struct mm_fault *f, const struct region *reg)
 {
 	bool adopts = fault_adopts(mm, reg);
@@ -419,11 +432,9 @@ static int fault_once(struct mm *mm, struct mm_fault *f, const struct region *re
 	rcu_leave();
 	if (entry_state(l.entry) == ENTRY_POISON)
 		return -EFAULT;
-	if (entry_is_leaf(l.entry) && (l.writable || (!exclusive && !entry_is_fused(l.entry)))) {
-		f->pfn = l.pfn;
-		f->level = l.level;
+	if (fault_is_spurious(&l, exclusive)) {
 		mm_count(mm, faults_spurious);
-		return fault_finish(mm, f, reg, l.writable);
+		return fault_spurious(mm, f, reg, &l);
 	}
 	if (adopts && (exclusive || reg->kind == KAGE_REGION_ANON)) {
 		r = mm_adopt_page(mm, f->gfn, f->reader, f->owner);
@@ -440,6 +451,29 @@ static int fault_once(struct mm *mm, struct mm_fault *f, const struct region *re
 	return fault_finish(mm, f, reg, exclusive || reg->kind != KAGE_REGION_FILE);
 }
 
+static bool region_allows(const struct region *reg, uint32_t access)
+{
+	return reg && !((access & KAGE_RWX) & ~reg->prot);
+}
+
+bool mm_present(struct mm *mm, struct mm_fault *f)
+{
+	const struct region *reg;
+	bool present = false;
+
+	rcu_enter();
+	reg = mm_region(mm, f->gfn);
+	if (region_allows(reg, f->access) && !load_acquire(&mm->mirror)) {
+		struct mm_lookup l = mm_lookup(mm, f->gfn);
+
+		present = fault_is_spurious(&l, f->access & KAGE_WRITE || f->unshare);
+		if (present)
+			fault_spurious(mm, f, reg, &l);
+	}
+	rcu_leave();
+	return present;
+}
+
 int mm_fault_held(struct mm *mm, struct mm_fault *f, struct brlock_held held)
 {
 	const struct region *reg = mm_region(mm, f->gfn);
@@ -448,7 +482,7 @@ int mm_fault_held(struct mm *mm, struct mm_fault *f, struct brlock_held held)
 
 	mm_count(mm, faults);
 	trace(mm->host->env, fault, mm->id, f->gfn.v, f->access);
-	if (!reg || (f->access & KAGE_RWX) & ~reg->prot) {
+	if (!region_allows(reg, f->access)) {
 		r = KAGE_MMIO;
 	} else {
 		do

@@ -230,6 +230,11 @@ struct mm_fault {
 int mm_fault(struct mm *mm, struct mm_fault *f);
 /* The same with mm->range held for reading by the caller. */
 int mm_fault_held(struct mm *mm, struct mm_fault *f, struct brlock_held held);
+/*
+ * The answer that mm_fault() would give without doing anything, since the page is there with the access asked for; false:
+ * there is none, or a mirror has a say. Takes no lock; the caller keeps changes away (notify_quiet()). Nobody counts it.
+ */
+bool mm_present(struct mm *mm, struct mm_fault *f);
 
 /* -- engine access (access.c) -------------------------------------------- */
 

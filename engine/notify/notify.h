@@ -28,6 +28,10 @@
  *  N5  every listener whose start returned 0 gets exactly one end with the same id.
  *  N6  a listener registered during a change sees neither its start nor end;
  *      one unregistered during a change whose start it saw gets the end first.
+ *  N7  who holds the lock that a registered listener's start takes, and finds no
+ *      overlapping change in flight (notify_quiet()), may look up and install
+ *      until he drops it, without a section: of a change that he did not see,
+ *      that start has not run yet, or the end is over.
  *
  * The ends are called before the slot is cleared: that a slot was left is then
  * all that register, unregister and release need to wait for, and no change has
@@ -148,6 +152,8 @@ bool notify_read_valid(struct notify_reader *r);
 /* From now to the end of the section overlapping starts wait. False: a change was first. Needs no lock. */
 bool notify_read_hold(struct notify_reader *r);
 void notify_read_end(struct notify_reader *r);
+/* No overlapping change is in flight whose start has had the lock that the caller holds (N7). Never waits. */
+bool notify_quiet(struct notify *n, gfn_t start, gfn_t end);
 
 /* age and test_young of every listener, ORed. */
 bool notify_age(struct notify *n, gfn_t start, gfn_t end);

@@ -21,6 +21,8 @@
  * Checked in every state:
  *   N1, N2  what is installed for a page is what the primary table says, and
  *           nothing is installed while a change of the page may commit
+ *   N7      the same of what is installed without a section (-DQUIET: the readers do
+ *           nothing else), whatever fences and hits there are
  *   N4      nobody holds a page of a change whose start has returned, and who
  *           holds a page looked up what the primary table says
  *   and no deadlock.
@@ -31,6 +33,7 @@
  *   -DPLAIN_HIT    it does, but by a store of its ticket, not by the CAS (R3)
  *   -DNO_HOLD_WAIT a start does not wait for holds
  *   -DVALID_EARLY  valid is asked before the lock is taken
+ *   -DQUIET_EARLY  with -DQUIET: changes are looked for before the lock is taken
  */
 #ifndef CHANGERS
 #define CHANGERS 2
@@ -246,6 +249,26 @@ inline install()
 	}
 }
 
+/* N7. Looked up after the look at changes, and in a step of its own. */
+inline install_quietly()
+{
+#ifdef QUIET_EARLY
+	find();
+	take_lock();
+#else
+	take_lock();
+	find();
+#endif
+	atomic { good = (found == 0); found = 0; seq = 0 }
+	version = mem[VERSION(page)];
+	atomic {
+		mem[ENTRY(page)] = (good -> version + 1 : mem[ENTRY(page)]);
+		good = 0;
+		version = 0;
+		mem[LOCK] = 0
+	}
+}
+
 /* The write itself is the time between the two ghosts; it is visible before the ticket that follows it. */
 inline hold_and_write()
 {
@@ -274,6 +297,9 @@ proctype reader(byte me; byte self)
 		:: page = 1
 		fi
 	   }
+#ifdef QUIET
+	   install_quietly();
+#else
 	   do
 	   :: atomic { STORE(WANTS(self), 1 << page); ticket++; STORE(TICKET(self), ticket) }
 	      FENCE_B;
@@ -300,6 +326,7 @@ proctype reader(byte me; byte self)
 	   :: held -> atomic { DRAINED -> mem[HOLD(self)] = 0; held = 0 }
 	   :: else
 	   fi
+#endif
 	:: n == SECTIONS -> break
 	od
 }

@@ -7,13 +7,15 @@
  * and either fills the TLB or says (enum map_step) what has to happen without
  * the lock first; shadow_fault() does that and tries again. The usual cases:
  *
- *      all there                MAP_DONE at once
- *      leaf missing, COW        MAP_MM, then mm_fault() in a reader section, then
+ *      all there, or the leaf   MAP_DONE at once
+ *      is missing but not the page
+ *      page missing, COW        MAP_MM, then mm_fault() in a reader section, then
  *                               the same walk again under the lock, validated
- *      first use of an entry    MAP_WALK (accessed bits), MAP_MM, MAP_DONE
+ *      first use of an entry    MAP_WALK (accessed bits), MAP_DONE
  *
  * Invariants:
- *  M1  the primary table's answer is used only under the lock, in its section,
+ *  M1  the primary table's answer is used only under the lock under which it was
+ *      found while no change was in flight (N7 of notify.h), or in its section,
  *      after notify_read_valid(): so the listener either sees the new leaf or
  *      has made the section invalid.
  *  M2  a guest entry is read under the lock from a table that is watched and
@@ -52,7 +54,8 @@ struct map {
 	uint32_t access;
 	unsigned flags;
 	unsigned root;		   /* that translates gva */
-	const struct mm_fault *mf; /* validated; NULL: none yet */
+	const struct mm_fault *mf; /* valid as long as the lock is held; NULL: none yet */
+	struct mm_fault present;   /* what mf points to if nothing had to be done for it */
 	/* derived on the way down (AND along the path) */
 	uint64_t offset;	   /* of gva within its root */
 	spte_t guest;		   /* SPTE_ALL and the key of the guest's leaf */
@@ -140,7 +143,7 @@ static enum map_step check_watched(struct map *m, struct chunk *c)
 static spte_t leaf_host_bits(const struct map *m, const struct chunk *c, bool large)
 {
 	const struct mm_fault *f = m->mf;
-	bool watched = large ? c && c->watched : chunk_tracked(c, m->gfn) || chunk_code(c, m->gfn);
+	bool watched = c && c->watched && (large || chunk_tracked(c, m->gfn) || chunk_code(c, m->gfn));
 	spte_t h = 0;
 
 	if (f->prot & KAGE_READ)
@@ -189,6 +192,22 @@ static enum map_step install(struct map *m, struct shadow_page *p, unsigned idx,
 	return finish(m, p, e);
 }
 
+/* Is the primary table's answer there for map.gfn? */
+static bool answered(struct map *m)
+{
+	struct mm *mm = m->s->mm;
+
+	if (m->mf && m->mf->gfn.v == m->gfn.v)
+		return true;
+	m->present = (struct mm_fault){.gfn = m->gfn, .access = m->access};
+	if (!notify_quiet(&mm->notify, m->gfn, gfn_add(m->gfn, 1)) || !mm_present(mm, &m->present))
+		return false;
+	m->mf = &m->present;
+	/* what the guest is about to access: nothing is read that it may not read */
+	__builtin_prefetch((char *)pfn_hva(mm->host->pool, m->mf->pfn) + (m->gva & (PAGE_SIZE - 1)));
+	return true;
+}
+
 /* May the guest, and what of the primary table is needed? MAP_DONE: map.mf is there for map.gfn. */
 static enum map_step leaf_check(struct map *m, struct chunk *c, spte_t e)
 {
@@ -203,7 +222,7 @@ static enum map_step leaf_check(struct map *m, struct chunk *c, spte_t e)
 	step = check_watched(m, c);
 	if (step != MAP_DONE || (spte_is_leaf(e) && (host_rights(e) & m->access)))
 		return step;
-	return m->mf && m->mf->gfn.v == m->gfn.v ? MAP_DONE : MAP_MM;
+	return answered(m) ? MAP_DONE : MAP_MM;
 }
 
 /*
@@ -221,6 +240,8 @@ static struct shadow_page *map_leaf(struct map *m, struct shadow_page *p, unsign
 
 	m->gfn = gfn_add(base, within);
 	c = chunk_find(m->s, m->gfn);
+	if (c && !(e & SPTE_P))
+		__builtin_prefetch(&c->head[level_index(m->gfn, 0)]);
 	*step = leaf_check(m, c, e);
 	if (*step != MAP_DONE)
 		return NULL;
@@ -290,8 +311,10 @@ static enum map_step map_down(struct map *m, struct shadow_page *p)
 		struct guest_entry g = {.bits = e & SPTE_GUEST};
 		enum map_step step;
 
-		if (p->level <= 1)
+		if (p->level <= 1) { /* a leaf is or will be there */
+			__builtin_prefetch(&p->side[idx]);
 			page_settle(s, p), e = p->spte[idx];
+		}
 		if (!(p->role & ROLE_UNFED))
 			m->table = p;
 		if (!(e & SPTE_P)) {
@@ -347,7 +370,7 @@ static enum map_step map_direct(struct map *m)
 	step = check_watched(m, c);
 	if (step != MAP_DONE)
 		return step;
-	if (!m->mf || m->mf->gfn.v != m->gfn.v)
+	if (!answered(m))
 		return MAP_MM;
 	c = chunk_find(s, m->gfn);
 	large = may_be_large(m, c);
@@ -458,6 +481,7 @@ int shadow_fault(struct shadow_cpu *cpu, uint64_t gva, uint32_t access, unsigned
 
 		lock_take(&m.s->lock);
 		step = map(&m);
+		m.mf = NULL;
 		lock_drop(&m.s->lock);
 		if (step == MAP_DONE)
 			return KAGE_OK;

@@ -276,18 +276,25 @@ static void page_written(struct shadow *s, struct shadow_page *p, uint64_t first
 		page_zap(s, p);
 }
 
-static void gfn_written(struct shadow *s, gfn_t gfn, uint64_t offset, uint64_t len)
+/* True: the page is watched as code, code_break() has to follow. */
+static bool written_locked(struct shadow *s, gfn_t gfn, uint64_t offset, uint64_t len)
 {
 	struct shadow_page *next;
-	bool code;
 
-	lock_take(&s->lock);
 	for (struct shadow_page *p = page_next_table(s, NULL, gfn); p; p = next) {
 		next = page_next_table(s, p, gfn);
 		page_written(s, p, offset, offset + len - 1);
 	}
 	batch_apply(s);
-	code = chunk_code(chunk_find(s, gfn), gfn);
+	return chunk_code(chunk_find(s, gfn), gfn);
+}
+
+static void gfn_written(struct shadow *s, gfn_t gfn, uint64_t offset, uint64_t len)
+{
+	bool code;
+
+	lock_take(&s->lock);
+	code = written_locked(s, gfn, offset, len);
 	lock_drop(&s->lock);
 	if (code)
 		code_break(s, gfn);
@@ -325,6 +332,33 @@ void shadow_written(struct shadow *s, gpa_t gpa, uint64_t len)
 	}
 }
 
+/*
+ * The whole store under the lock, where no change is in flight and the page may be written as it is: a change that begins
+ * meanwhile waits for the lock. -ENOENT: there is more to do; KAGE_RETRY: a broadcast has ended the translation.
+ */
+static int store_present(struct shadow_cpu *cpu, gpa_t gpa, const void *buf, size_t len)
+{
+	struct shadow *s = cpu->shadow;
+	struct mm_fault f = {.gfn = gpa_gfn(gpa), .access = KAGE_WRITE};
+	bool code = false;
+	int r = KAGE_RETRY;
+
+	lock_take(&s->lock);
+	if (cpu->resolved == s->broadcasts) {
+		bool there = notify_quiet(&s->mm->notify, f.gfn, gfn_add(f.gfn, 1)) && mm_present(s->mm, &f);
+
+		r = there ? KAGE_OK : -ENOENT;
+		if (there) {
+			guest_copy((char *)pfn_hva(s->mm->host->pool, f.pfn) + gpa_offset(gpa), buf, len);
+			code = written_locked(s, f.gfn, gpa_offset(gpa), len);
+		}
+	}
+	lock_drop(&s->lock);
+	if (code)
+		code_break(s, f.gfn);
+	return r;
+}
+
 /* Stores by a translation that no broadcast has ended: one that comes waits for the lock. */
 static bool store_resolved(struct shadow_cpu *cpu, void *to, const void *buf, size_t len)
 {
@@ -345,8 +379,10 @@ int shadow_store(struct shadow_cpu *cpu, gpa_t gpa, const void *buf, size_t len)
 	gfn_t gfn = gpa_gfn(gpa);
 	struct mm_fault f = {.gfn = gfn, .access = KAGE_WRITE, .reader = &cpu->reader};
 	bool valid = true;
-	int r;
+	int r = store_present(cpu, gpa, buf, len);
 
+	if (r != -ENOENT)
+		return r;
 	do {
 		notify_read_begin(&cpu->reader, gfn, gfn_add(gfn, 1));
 		r = mm_fault(s->mm, &f);
