@@ -407,24 +407,28 @@ static bool turn_advised(uint64_t bytes, struct figures *f)
 	return p.ok;
 }
 
-/* The guest's break of a plain MAP_PRIVATE page. */
+/* The guest's break of a plain MAP_PRIVATE page, beside the other guest: the kernel tells both VMs of each. */
 static bool private_turn(uint64_t bytes, struct series *s)
 {
-	struct subject *plain = subject_plain(RAM_PRIVATE, bytes);
-	struct pair p = {.guest = {plain}, .ok = true};
+	struct pair p = {.ok = true};
 
-	p.args.base = plain->base;
-	p.equal = (bytes - plain->base) / PAGE - OWN_PAGES;
-	for (uint64_t i = 0; i < OWN_PAGES + p.equal; i++) {
-		char page[PAGE];
+	for (unsigned g = 0; g < GUESTS; g++)
+		p.guest[g] = subject_plain(RAM_PRIVATE, bytes);
+	p.args.base = p.guest[0]->base;
+	p.equal = (bytes - p.args.base) / PAGE - OWN_PAGES;
+	for (unsigned g = 0; g < GUESTS; g++) {
+		for (uint64_t i = 0; i < OWN_PAGES + p.equal; i++) {
+			char page[PAGE];
 
-		page_fill(page, i);
-		subject_write(plain, plain->base + i * PAGE, page, PAGE);
+			page_fill(page, i);
+			subject_write(p.guest[g], p.args.base + i * PAGE, page, PAGE);
+		}
+		ram_settle(p.guest[g]->vmm->ram);
 	}
-	ram_settle(plain->vmm->ram);
 	touch(&p, 0, GUEST_READ);
 	series_add(s, touch(&p, 0, GUEST_WRITE));
-	subject_destroy(plain);
+	for (unsigned g = GUESTS; g-- > 0;)
+		subject_destroy(p.guest[g]);
 	return p.ok;
 }
 
