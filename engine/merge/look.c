@@ -4,7 +4,7 @@
  * section: their frames can be read for so long, and a grace period waits no longer.
  *
  * Reading is what merging costs, so a page is read once:
- *  - the test for zeroes ends at the first word that is none, in a line that the hash
+ *  - the test for zeroes ends in the first line that has another word, which the hash
  *    reads next;
  *  - a page whose neighbour has found a partner is not hashed at all if its own partner
  *    would be the neighbour's neighbour and one line of both is the same (a *hint*). Whether
@@ -60,14 +60,10 @@ static bool line_is_zero(const uint64_t *w)
 		 READ_ONCE(w[5]) | READ_ONCE(w[6]) | READ_ONCE(w[7]));
 }
 
+/* What equals itself a line further on is all like its first line. The C library has a comparison for each CPU. */
 static bool is_zero(const void *page)
 {
-	const uint64_t *w = page;
-
-	for (unsigned i = 0; i < PAGE_SIZE / 8; i += 8)
-		if (!line_is_zero(w + i))
-			return false;
-	return true;
+	return line_is_zero(page) && !guest_compare(page, (const char *)page + CACHE_LINE, PAGE_SIZE - CACHE_LINE);
 }
 
 /* One line, in another place for each page: pages that differ tend to do so everywhere. */
