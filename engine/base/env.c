@@ -4,6 +4,7 @@
  *
  * Invariants:
  *  1. env_alloc() returns zeroed memory aligned to a cache line, whoever allocates.
+ *     Of our own allocator's, what is as large as a huge page is mapped apart.
  *  2. nothing is formatted when nobody listens.
  *
  * Locks: none. The embedder's callbacks are called on the calling thread.
@@ -11,16 +12,37 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #include "base/env.h"
 
 #define WINDOW_TIMEOUT_MS 10000
 
+#define HUGE_PAGE ((size_t)2 << 20)
+
+/* Mapped so that whole huge pages of it can be such, if the host has them. */
+static void *huge_alloc(size_t bytes)
+{
+	size_t whole = ALIGN_UP(bytes, HUGE_PAGE);
+	char *p = mmap(NULL, whole + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *at;
+
+	if (p == MAP_FAILED)
+		return NULL;
+	at = (char *)ALIGN_UP((uintptr_t)p, HUGE_PAGE);
+	if (at != p)
+		munmap(p, (size_t)(at - p));
+	munmap(at + whole, (size_t)(p + HUGE_PAGE - at));
+	madvise(at, ALIGN_DOWN(bytes, HUGE_PAGE), MADV_HUGEPAGE);
+	return at;
+}
+
 static void *default_alloc(void *opaque, size_t bytes)
 {
 	void *p;
 
+	if (bytes >= HUGE_PAGE)
+		return huge_alloc(bytes);
 	if (posix_memalign(&p, CACHE_LINE, bytes) != 0)
 		return NULL;
 	return memset(p, 0, bytes);
@@ -28,7 +50,10 @@ static void *default_alloc(void *opaque, size_t bytes)
 
 static void default_free(void *opaque, void *ptr, size_t bytes)
 {
-	free(ptr);
+	if (bytes >= HUGE_PAGE)
+		munmap(ptr, ALIGN_UP(bytes, HUGE_PAGE));
+	else
+		free(ptr);
 }
 
 static uint64_t default_now(void *opaque, enum kage_clock_id id)

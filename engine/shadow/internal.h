@@ -113,7 +113,7 @@ struct side {
 };
 
 struct shadow_page {
-	struct shadow_page *hash_next; /* or next in the list of free pages */
+	_Alignas(CACHE_LINE) struct shadow_page *hash_next; /* or next in the list of free pages */
 	gfn_t gfn;		       /* of the guest's entries; direct: first gfn mapped */
 	uint64_t role;
 	uint32_t id;   /* for life */
@@ -143,10 +143,21 @@ struct shadow_page {
 	struct list node;    /* all pages in use, oldest first */
 	struct list idle;    /* no parents and no vCPU's root; else empty */
 	struct list unsync_node;
+	struct page_run *run;
 	spte_t spte[LEVEL_ENTRIES];
 	struct side side[LEVEL_ENTRIES];
 };
 _Static_assert(sizeof(struct side) == 16, "a shadow page is 12 KiB for 2 MiB of guest memory");
+
+/* What pages are allocated in: one by one, or, once there are as many, a huge page full. */
+struct page_run {
+	struct list node; /* all of the guest's; or of those that go */
+	uint32_t n, used; /* pages; those not in the free list */
+	bool leaves;
+	struct shadow_page page[];
+};
+#define RUN_BYTES (BLOCK_PAGES * PAGE_SIZE)
+#define RUN_PAGES ((uint32_t)((RUN_BYTES - sizeof(struct page_run)) / sizeof(struct shadow_page)))
 
 struct chunk {
 	struct chunk *hash_next;
@@ -185,8 +196,10 @@ struct shadow {
 	struct chunk **chunk_hash;
 	uint32_t page_bits, chunk_bits;
 	uint32_t page_ids, id_cap; /* ids given out; size of page_by_id */
-	uint32_t free_id;	   /* given back: page_by_id[id] is next << 1 | 1 */
+	uint32_t free_id, nfree_ids; /* given back: page_by_id[id] is next << 1 | 1 */
 	struct shadow_page *free_pages;
+	struct list runs;
+	uint32_t nunused; /* pages of runs none of whose pages is used */
 	struct chunk *free_chunks;
 	uint32_t nfree_pages, nfree_chunks, npages, nchunks, ntables; /* ntables: not direct */
 	uint32_t limit;
@@ -234,7 +247,9 @@ int pages_topup(struct shadow *s);   /* takes the lock itself */
 void pages_shrink(struct shadow *s); /* zaps down to the limit */
 int pages_init(struct shadow *s);
 void pages_finish(struct shadow *s);
-void pages_trim(struct shadow *s); /* takes the lock itself */
+/* Much more is unused than there was use for lately: pages_trim(), which takes the lock itself. */
+bool pages_to_trim(const struct shadow *s);
+void pages_trim(struct shadow *s);
 struct shadow_page *page_find(struct shadow *s, gfn_t gfn, uint64_t role);
 struct shadow_page *page_get(struct shadow *s, gfn_t gfn, uint64_t role);
 /* The next page made from guest entries at gfn; `after` NULL: the first. */

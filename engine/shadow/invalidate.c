@@ -449,7 +449,7 @@ static int listener_start(struct kage_notifier *n, const struct kage_range *r)
 	}
 	batch_apply(s);
 	seq = s->dirty_seq;
-	trim = s->nfree_pages > 2 * (s->npages + BLOCK_PAGES);
+	trim = pages_to_trim(s);
 	code = replaces && s->code_cpus;
 	lock_drop(&s->lock);
 	trace(s->env, shadow_drop, s->mm->id, start.v, end.v);

@@ -19,6 +19,9 @@
  *  A2  a page in the free list has no entry, no parent, no bit set anywhere.
  *  A3  memory comes and goes without the shadow lock: a walk begins only if
  *      pages_ready().
+ *  A4  pages are allocated in runs, and a run is freed when none of its pages is
+ *      in use. A guest with many pages gets them 2 MiB at a time, which the host
+ *      may back by huge pages: random walks miss the host's TLB less.
  *
  * Locks: the shadow lock, except pages_topup() and pages_trim(), which take it,
  * and pages_init() and pages_finish().
@@ -196,6 +199,8 @@ struct shadow_page *page_get(struct shadow *s, gfn_t gfn, uint64_t role)
 	s->free_pages = p->hash_next;
 	s->nfree_pages--;
 	s->npages++;
+	if (!p->run->used++)
+		s->nunused -= p->run->n;
 	p->used = true;
 	p->gfn = gfn;
 	p->role = role;
@@ -261,6 +266,8 @@ void page_zap(struct shadow *s, struct shadow_page *p)
 	s->free_pages = p;
 	s->nfree_pages++;
 	s->npages--;
+	if (!--p->run->used)
+		s->nunused += p->run->n;
 }
 
 void page_roots_put(struct shadow *s, struct shadow_cpu *cpu)
@@ -370,9 +377,20 @@ static void chunk_rehash(struct shadow *s, struct chunk **table, uint32_t bits)
 /* What a walk might miss, in the order in which it must come. Under the lock. */
 enum lack { LACK_NOTHING, LACK_IDS, LACK_PAGE_HASH, LACK_CHUNK_HASH, LACK_PAGE, LACK_CHUNK };
 
+/* How many pages are allocated at a time: never more than there are. */
+static uint32_t run_pages(const struct shadow *s)
+{
+	return s->npages + s->nfree_pages < RUN_PAGES ? 1 : RUN_PAGES;
+}
+
+static size_t run_bytes(uint32_t n)
+{
+	return n > 1 ? RUN_BYTES : sizeof(struct page_run) + sizeof(struct shadow_page);
+}
+
 static enum lack what_lacks(const struct shadow *s)
 {
-	if (s->nfree_pages < 2 * NEED_PAGES && !s->free_id && s->page_ids == s->id_cap)
+	if (s->nfree_pages < 2 * NEED_PAGES && s->nfree_ids + s->id_cap - s->page_ids < run_pages(s))
 		return LACK_IDS;
 	if (s->npages >> s->page_bits > 1)
 		return LACK_PAGE_HASH;
@@ -410,19 +428,44 @@ static void *table_replace(struct shadow *s, enum lack lack, void *table)
 	return old;
 }
 
-static void add_page(struct shadow *s, struct shadow_page *p)
+static uint32_t id_take(struct shadow *s)
 {
-	p->id = s->free_id;
-	if (p->id)
-		s->free_id = (uint32_t)((uintptr_t)s->page_by_id[p->id] >> 1);
-	else
-		p->id = s->page_ids++;
+	uint32_t id = s->free_id;
+
+	if (!id)
+		return s->page_ids++;
+	s->free_id = (uint32_t)((uintptr_t)s->page_by_id[id] >> 1);
+	s->nfree_ids--;
+	return id;
+}
+
+static void id_give(struct shadow *s, uint32_t id)
+{
+	s->page_by_id[id] = (void *)((uintptr_t)s->free_id << 1 | 1);
+	s->free_id = id;
+	s->nfree_ids++;
+}
+
+static void add_page(struct shadow *s, struct page_run *run, struct shadow_page *p)
+{
+	p->run = run;
+	p->id = id_take(s);
 	s->page_by_id[p->id] = p;
 	list_init(&p->idle);
 	list_init(&p->unsync_node);
 	p->hash_next = s->free_pages;
 	s->free_pages = p;
 	s->nfree_pages++;
+}
+
+/* The first page is the next one to be used. */
+static void add_run(struct shadow *s, struct page_run *run, uint32_t n)
+{
+	run->n = n;
+	list_add_tail(&s->runs, &run->node);
+	s->nunused += n;
+	while (n--)
+		add_page(s, run, &run->page[n]);
 }
 
 static void add_chunk(struct shadow *s, struct chunk *c)
@@ -433,19 +476,21 @@ static void add_chunk(struct shadow *s, struct chunk *c)
 }
 
 /* Allocates one thing without the lock and puts it in place; somebody else may have been faster. */
-static int supply(struct shadow *s, enum lack lack, size_t table)
+static int supply(struct shadow *s, enum lack lack, size_t table, uint32_t pages)
 {
-	size_t bytes = lack == LACK_PAGE    ? sizeof(struct shadow_page)
+	size_t bytes = lack == LACK_PAGE    ? run_bytes(pages)
 		       : lack == LACK_CHUNK ? sizeof(struct chunk)
 					    : 2 * table;
 	void *mem = env_alloc(s->env, bytes);
 
+	if (!mem && lack == LACK_PAGE && pages > 1)
+		return supply(s, lack, table, 1);
 	if (!mem)
 		return -ENOMEM;
 	lock_take(&s->lock);
 	if (what_lacks(s) == lack && (lack >= LACK_PAGE || table_bytes(s, lack) == table)) {
 		if (lack == LACK_PAGE)
-			add_page(s, mem);
+			add_run(s, mem, pages);
 		else if (lack == LACK_CHUNK)
 			add_chunk(s, mem);
 		mem = lack >= LACK_PAGE ? NULL : table_replace(s, lack, mem);
@@ -461,33 +506,52 @@ int pages_topup(struct shadow *s)
 	for (;;) {
 		enum lack lack;
 		size_t table = 0;
+		uint32_t pages;
 		int r;
 
 		lock_take(&s->lock);
 		lack = what_lacks(s);
+		pages = run_pages(s);
 		if (lack != LACK_NOTHING && lack < LACK_PAGE)
 			table = table_bytes(s, lack);
 		lock_drop(&s->lock);
 		if (lack == LACK_NOTHING)
 			return 0;
-		r = supply(s, lack, table);
+		r = supply(s, lack, table, pages);
 		if (r)
 			return r;
 	}
 }
 
-/* Takes what is much more than in use off the free lists; the ids go into a list of their own. */
-static void trim_locked(struct shadow *s, struct shadow_page **pages, struct chunk **chunks)
+/* Runs leave that have no page in use, as long as more than `keep` pages are free. */
+static void runs_leave(struct shadow *s, uint32_t keep, struct list *leaving)
 {
-	while (s->nfree_pages > s->npages + TRIM_ABOVE) {
-		struct shadow_page *p = s->free_pages;
+	list_for_each_safe(n, tmp, &s->runs) {
+		struct page_run *run = container_of(n, struct page_run, node);
 
-		s->free_pages = p->hash_next;
-		s->nfree_pages--;
-		s->page_by_id[p->id] = (void *)((uintptr_t)s->free_id << 1 | 1);
-		s->free_id = p->id;
-		p->hash_next = *pages;
-		*pages = p;
+		if (run->used || s->nfree_pages < keep + run->n)
+			continue;
+		run->leaves = true;
+		s->nfree_pages -= run->n;
+		s->nunused -= run->n;
+		list_del(&run->node);
+		list_add(leaving, &run->node);
+	}
+}
+
+/* Takes what is much more than in use off the free lists; ids go into a list of their own. */
+static void trim_locked(struct shadow *s, struct list *leaving, struct chunk **chunks)
+{
+	runs_leave(s, s->npages + TRIM_ABOVE, leaving);
+	for (struct shadow_page **pos = &s->free_pages; !list_empty(leaving) && *pos;) {
+		struct shadow_page *p = *pos;
+
+		if (!p->run->leaves) {
+			pos = &p->hash_next;
+			continue;
+		}
+		*pos = p->hash_next;
+		id_give(s, p->id);
 	}
 	while (s->nfree_chunks > s->nchunks + TRIM_ABOVE) {
 		struct chunk *c = s->free_chunks;
@@ -507,19 +571,31 @@ static void chunks_free(struct shadow *s, struct chunk *c)
 	}
 }
 
+static void runs_free(struct shadow *s, struct list *runs)
+{
+	list_for_each_safe(n, tmp, runs) {
+		struct page_run *run = container_of(n, struct page_run, node);
+
+		env_free(s->env, run, run_bytes(run->n));
+	}
+}
+
+bool pages_to_trim(const struct shadow *s)
+{
+	return s->nunused > 2 * (s->npages + BLOCK_PAGES);
+}
+
 void pages_trim(struct shadow *s)
 {
-	struct shadow_page *pages = NULL;
 	struct chunk *chunks = NULL;
+	struct list leaving;
 
+	list_init(&leaving);
 	lock_take(&s->lock);
-	trim_locked(s, &pages, &chunks);
+	trim_locked(s, &leaving, &chunks);
 	lock_drop(&s->lock);
 	chunks_free(s, chunks);
-	for (struct shadow_page *next; pages; pages = next) {
-		next = pages->hash_next;
-		env_free(s->env, pages, sizeof(*pages));
-	}
+	runs_free(s, &leaving);
 }
 
 #define FIRST_BITS 6
@@ -539,9 +615,7 @@ int pages_init(struct shadow *s)
 /* The shadow goes: nothing needs to be kept in order. */
 void pages_finish(struct shadow *s)
 {
-	for (uint32_t id = 1; s->page_by_id && id < s->page_ids; id++)
-		if (!((uintptr_t)s->page_by_id[id] & 1))
-			env_free(s->env, s->page_by_id[id], sizeof(struct shadow_page));
+	runs_free(s, &s->runs);
 	for (uint32_t i = 0; s->chunk_hash && i < 1u << s->chunk_bits; i++)
 		chunks_free(s, s->chunk_hash[i]);
 	chunks_free(s, s->free_chunks);

@@ -33,6 +33,7 @@ static struct shadow *shadow_alloc(struct mm *mm)
 	brlock_init(&s->cpus_lock, RANK_NONE, 0);
 	list_init(&s->cpus);
 	list_init(&s->pages);
+	list_init(&s->runs);
 	list_init(&s->idle);
 	list_init(&s->unsync);
 #ifndef KAGE_TSAN /* it does not see membarrier: real fences on both sides */

@@ -64,7 +64,7 @@ struct kage_engine_config {
 	/** Called with one line (no newline): WARN a refused call, ERROR a violated invariant. From any thread that is in the library. */
 	void (*log)(void *opaque, int level, const char *line);
 	void *log_opaque;
-	/** NULL members: malloc. */
+	/** NULL members: malloc; what is as large as a huge page (2 MiB) is mapped apart. */
 	struct kage_alloc alloc;
 	/** What budgets and the advisor go by. NULL: CLOCK_MONOTONIC and CLOCK_THREAD_CPUTIME_ID. */
 	struct kage_clock clock;

@@ -808,6 +808,79 @@ START_TEST(test_many_roots_stay_within_the_limit)
 }
 END_TEST
 
+/* -- memory of the shadow tables: by the page, by the run, or by the page since there is no run to be had -- */
+
+static struct {
+	size_t bytes, most; /* in use; of one allocation, 0: any */
+	unsigned refused;
+} heap;
+
+static void *heap_alloc(void *opaque, size_t bytes)
+{
+	void *p;
+
+	heap.refused += heap.most && bytes > heap.most;
+	if ((heap.most && bytes > heap.most) || posix_memalign(&p, 64, bytes))
+		return NULL;
+	heap.bytes += bytes;
+	return memset(p, 0, bytes);
+}
+
+static void heap_free(void *opaque, void *p, size_t bytes)
+{
+	heap.bytes -= bytes;
+	free(p);
+}
+
+#define MANY_TABLES 1500
+
+/* A load through each of many tables of level 0; the tables are anew. */
+static void walk_many_tables(struct guest *m)
+{
+	uint64_t root;
+
+	m->next_table = TABLES;
+	root = guest_long_mode(m, 4);
+	for (uint64_t i = 0; i < MANY_TABLES; i++) {
+		guest_map(m, root, i * 2 * MIB, 32 * MIB + i * 4096, PTE_W, 0);
+		guest_w64(m, 32 * MIB + i * 4096, i + 1);
+	}
+	for (uint64_t i = 0; i < MANY_TABLES; i++)
+		ck_assert_uint_eq(cpu_load(m->cpu, i * 2 * MIB), i + 1);
+}
+
+START_TEST(test_many_tables_come_and_go)
+{
+	struct guest m = {0};
+	struct kage_stats s = {.size = sizeof(s)};
+	const struct kage_alloc alloc = {.alloc = heap_alloc, .free = heap_free};
+	size_t before;
+
+	heap.most = _i ? MIB : 0;
+	heap.refused = 0;
+	ck_assert_int_eq(kage_engine_create(KAGE_CFG(kage_engine_config, .address_space = 64 * GIB, .alloc = alloc),
+					    &m.engine), KAGE_OK);
+	ck_assert_int_eq(kage_vm_create(m.engine, NULL, &m.vm), KAGE_OK);
+	ck_assert_int_eq(kage_vm_map(m.vm, KAGE_CFG(kage_region, .len = 512 * MIB)), KAGE_OK);
+	m.cpu = guest_cpu(&m);
+	before = heap.bytes;
+	for (unsigned round = 0; round < 3; round++) {
+		walk_many_tables(&m);
+		ck_assert_int_eq(kage_stats_get(m.engine, m.vm, &s), KAGE_OK);
+		ck_assert_uint_ge(s.shadow_pages, MANY_TABLES);
+		ck_assert_uint_ge(heap.bytes - before, MANY_TABLES * 12288);
+		ck_assert_uint_le(heap.bytes - before, 2 * MANY_TABLES * 12288);
+		guest_audit(&m);
+		ck_assert_int_eq(kage_vm_advise(m.vm, TABLES, 16 * MIB, KAGE_ADVICE_DISCARD), KAGE_OK);
+		cpu_faults(m.cpu, 0, KIND_LOAD, 0);
+		ck_assert_uint_le(heap.bytes - before, 6 * MIB);
+	}
+	ck_assert_int_eq(heap.refused != 0, _i);
+	guest_stop(&m);
+	ck_assert_uint_eq(heap.bytes, 0);
+}
+END_TEST
+
 START_TEST(test_context_ids_run_out)
 {
 	uint64_t root = guest_long_mode(&g, 4);
@@ -1029,6 +1102,7 @@ static Suite *suite(void)
 	tcase_add_test(t, test_translate);
 	tcase_add_test(t, test_readonly_and_foreign_free_tables);
 	tcase_add_test(t, test_many_roots_stay_within_the_limit);
+	tcase_add_loop_test(t, test_many_tables_come_and_go, 0, 2);
 	tcase_add_test(t, test_context_ids_run_out);
 	tcase_add_test(t, test_dirty_logs);
 	tcase_add_test(t, test_registers);
