@@ -18,22 +18,10 @@ cd "$(dirname "$0")/.." || exit 2
 build=${KAGE_BUILD:-build}
 begin=$(date +%s)
 
-have() { command -v "$1" >/dev/null 2>&1; }
-
-# "what must be there" "package"; the guests' tools are wanted, the others needed.
-missing=
-need() { have "$1" || missing="$missing $2"; }
-need_lib() { pkg-config --exists "$1" 2>/dev/null || missing="$missing $2"; }
-
+. tests/packages.sh
+# The guests' tools are wanted, the others needed.
 find_missing() {
-	missing=
-	{ have gcc || have cc; } && [ -e /usr/include/stdio.h ] || missing=" gcc libc6-dev"
-	need meson meson
-	need ninja ninja-build
-	need pkg-config pkg-config
-	need_lib liburcu-memb liburcu-dev
-	need_lib libxxhash libxxhash-dev
-	need_lib check check
+	need_to_build
 	needed=$missing
 	if [ "${KAGE_DEMO_SYNTHETIC:-}" != 1 ]; then
 		need cpio cpio
@@ -41,23 +29,7 @@ find_missing() {
 		need qemu-system-x86_64 qemu-system-x86
 	fi
 }
-
-find_missing
-if [ -n "$missing" ]; then
-	if [ "$(id -u)" = 0 ] && have apt-get; then
-		echo "Installing:$missing"
-		apt-get -qq update
-		# One by one for the guests' tools: without them the demo still runs.
-		for p in $missing; do
-			DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends "$p" >/dev/null ||
-				echo "  cannot install $p" >&2
-		done
-		find_missing
-	else
-		echo "Missing; as root: apt-get install$missing" >&2
-	fi
-	[ -z "$needed" ] || { echo "demo.sh: cannot build without:$needed" >&2; exit 2; }
-fi
+get_missing
 
 echo "Build ($build/)"
 mkdir -p "$build" || exit 2

@@ -34,23 +34,12 @@ done
 cd "$(dirname "$0")/.." || exit 2
 build=${KAGE_BUILD:-build-release}
 
-have() { command -v "$1" >/dev/null 2>&1; }
+. tests/packages.sh
 wants() { case " $suites " in *" $1 "*) return 0 ;; esac; return 1; }
 
-# -- what must be there: libraries and tools; peers, whose rows are skipped without them ---------
-
-missing=
-need() { have "$1" || missing="$missing $2"; }
-need_lib() { pkg-config --exists "$1" 2>/dev/null || missing="$missing $2"; }
+# Peers and tools of the guests are wanted, and rows are skipped without them; the rest is needed.
 find_missing() {
-	missing=
-	{ have gcc || have cc; } && [ -e /usr/include/stdio.h ] || missing=" gcc libc6-dev"
-	need meson meson
-	need ninja ninja-build
-	need pkg-config pkg-config
-	need_lib liburcu-memb liburcu-dev
-	need_lib libxxhash libxxhash-dev
-	need_lib check check
+	need_to_build
 	needed=$missing
 	if wants translate || wants fault; then need_lib unicorn libunicorn-dev; fi
 	[ -z "$plots" ] || need gnuplot gnuplot-nox
@@ -60,24 +49,7 @@ find_missing() {
 		need qemu-system-x86_64 qemu-system-x86
 	fi
 }
-
-find_missing
-installed=
-if [ -n "$missing" ]; then
-	if [ "$(id -u)" = 0 ] && have apt-get; then
-		echo "Installing:$missing"
-		apt-get -qq update >/dev/null
-		for package in $missing; do
-			DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends "$package" >/dev/null ||
-				echo "  cannot install $package" >&2
-		done
-		find_missing
-		installed=1
-	else
-		echo "Missing; as root: apt-get install$missing" >&2
-	fi
-	[ -z "$needed" ] || { echo "run.sh: cannot build without:$needed" >&2; exit 2; }
-fi
+get_missing
 
 # -- building ----------------------------------------------------------------------------------------
 

@@ -44,24 +44,15 @@ passed=0
 failed=0
 skipped=0
 
-have() { command -v "$1" >/dev/null 2>&1; }
+. tests/packages.sh
 
 # -- what must be there ---------------------------------------------------------
 
-missing=
-need() { have "$1" || missing="$missing $2"; }
-need_lib() { pkg-config --exists "$1" 2>/dev/null || missing="$missing $2"; }
 find_missing() {
-	missing=
-	have cc && have c++ && [ -e /usr/include/stdio.h ] || missing=" g++ libc6-dev"
-	have gcc || missing="$missing gcc"
+	need_to_build
+	need c++ g++
+	need gcc gcc
 	need nm binutils
-	need meson meson
-	need ninja ninja-build
-	need pkg-config pkg-config
-	need_lib liburcu-memb liburcu-dev
-	need_lib libxxhash libxxhash-dev
-	need_lib check check
 	needed=$missing
 	# Without these, tests skip.
 	need qemu-system-x86_64 qemu-system-x86
@@ -84,36 +75,6 @@ find_missing() {
 		need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
 		need qemu-aarch64-static qemu-user-static
 	fi
-}
-
-install_missing() {
-	if [ "$(id -u)" != 0 ] || ! have apt-get; then
-		echo "Missing; as root: apt-get install$missing"
-		return
-	fi
-	echo "Installing:$missing"
-	apt-get -qq update >/dev/null
-	# One by one: what the tests can do without must not hold up the rest. No daemon is started, and what says so to
-	# apt-get goes with this script, however it ends.
-	policy=/usr/sbin/policy-rc.d
-	if [ ! -e $policy ]; then
-		trap 'rm -f /usr/sbin/policy-rc.d' EXIT
-		trap 'exit 129' HUP
-		trap 'exit 130' INT
-		trap 'exit 143' TERM
-		printf '#!/bin/sh\nexit 101\n' >$policy && chmod 755 $policy
-	else
-		policy=
-	fi
-	for package in $missing; do
-		DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends "$package" >"$build/run.log" 2>&1 ||
-			{ echo "  cannot install $package:"; tail -n 3 "$build/run.log"; }
-	done
-	if [ -n "$policy" ]; then
-		rm -f $policy
-		trap - EXIT HUP INT TERM
-	fi
-	find_missing
 }
 
 # -- running --------------------------------------------------------------------
@@ -295,12 +256,7 @@ run_virt() {
 
 begin=$(date +%s)
 mkdir -p "$build" && : >"$build/run.notes" || exit 2
-find_missing
-[ -z "$missing" ] || install_missing
-if [ -n "$needed" ]; then
-	echo "tests/run.sh: cannot build without:$needed" >&2
-	exit 2
-fi
+get_missing
 
 if [ -n "$all" ] || [ -n "$plain" ]; then
 	if prepare "$build"; then
