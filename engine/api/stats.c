@@ -45,7 +45,8 @@ static int reconcile_one(struct mm *mm)
 	return r;
 }
 
-int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats *stats)
+/* walk: what is held is counted too. */
+static int get(struct kage_engine *e, struct kage_vm *vm, bool walk, struct kage_stats *stats)
 {
 	struct kage_stats s = { 0 };
 	struct brlock_held held;
@@ -54,23 +55,33 @@ int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats 
 	if (!e || !stats || (vm && vm->engine != e))
 		return -EINVAL;
 	r = config_check(stats, sizeof(s), offsetof(struct kage_stats, pages_host_private));
-	if (!r)
+	if (!r && walk)
 		r = vm ? reconcile_one(&vm->mm) : host_each_mm(&e->host, reconcile, NULL);
 	if (r)
 		return r;
 	if (vm) {
-		obs_guest(&vm->mm, &e->merge, &s);
+		obs_guest(&vm->mm, &e->merge, walk, &s);
 		add_shadow(vm, &s);
 	} else {
 		s.ksm_bytes = merge_bytes(&e->merge);
 		held = brlock_read(&e->upkeep); /* reserves of hardened domains stay where they are */
-		obs_engine(&e->host, &e->merge, &s);
+		obs_engine(&e->host, &e->merge, walk, &s);
 		brlock_read_drop(&e->upkeep, held);
 		host_each_mm(&e->host, add_shadow_of, &s);
 	}
 	s.size = stats->size;
 	memcpy(stats, &s, MIN(s.size, sizeof(s)));
 	return KAGE_OK;
+}
+
+int kage_stats_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats *stats)
+{
+	return get(e, vm, true, stats);
+}
+
+int kage_counters_get(struct kage_engine *e, struct kage_vm *vm, struct kage_stats *stats)
+{
+	return get(e, vm, false, stats);
 }
 
 /* A range of whole pages, and not empty. */

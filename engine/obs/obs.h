@@ -10,10 +10,10 @@
 #include "merge/merge.h"
 #include "mm/mm.h"
 
-/* Counters of one guest. Its family is read-locked inside. */
-void obs_guest(struct mm *mm, struct merge *m, struct kage_stats *out);
+/* Counters of one guest; `walk`: and what is counted by classifying its pages. Its family is read-locked inside. */
+void obs_guest(struct mm *mm, struct merge *m, bool walk, struct kage_stats *out);
 /* Of the whole engine: sums over the guests, and the pool. out->ksm_bytes is merge_bytes(). */
-void obs_engine(struct host *h, struct merge *m, struct kage_stats *out);
+void obs_engine(struct host *h, struct merge *m, bool walk, struct kage_stats *out);
 /* One byte (enum kage_page_class) a page. */
 void obs_page_map(struct mm *mm, gfn_t gfn, uint64_t npages, uint8_t *map);
 

@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Counters. Events are counted where they happen (mm_count); what is held is
- * counted here, by classifying every page of every region.
+ * counted here, by classifying every page of every region, for who wants that.
+ *
+ * Why not counted as it changes: a clone turns every page of its parent from private to
+ * shared, and the last sharer's end turns them back, in a time that does not depend on how many there are.
  */
 #include "mm/fused.h"
 #include "mm/region.h"
@@ -68,6 +71,16 @@ uint64_t obs_region_at(struct mm *mm, unsigned i, gfn_t *start)
 	return n;
 }
 
+static uint64_t count_nominal(struct mm *mm)
+{
+	uint64_t n, sum = 0;
+	gfn_t at;
+
+	for (unsigned i = 0; (n = obs_region_at(mm, i, &at)) != 0; i++)
+		sum += n;
+	return sum;
+}
+
 static void add_pages(struct mm *mm, struct kage_stats *out)
 {
 	uint8_t map[BLOCK_PAGES];
@@ -75,7 +88,6 @@ static void add_pages(struct mm *mm, struct kage_stats *out)
 	gfn_t at;
 
 	for (unsigned i = 0; (n = obs_region_at(mm, i, &at)) != 0; i++) {
-		out->pages_nominal += n;
 		while (n) {
 			uint64_t run = MIN(n, BLOCK_PAGES - at.v % BLOCK_PAGES);
 
@@ -88,13 +100,18 @@ static void add_pages(struct mm *mm, struct kage_stats *out)
 	}
 }
 
-static void add_guest_figures(struct mm *mm, struct kage_stats *out)
+static void add_events(struct mm *mm, struct kage_stats *out)
 {
-	out->guests = 1;
+	out->guests++;
+	out->pages_nominal += count_nominal(mm);
 	add_counters(&mm->count, out);
 	add_notify(&mm->notify, out);
+}
+
+static void add_held(struct mm *mm, struct kage_stats *out)
+{
 	add_pages(mm, out);
-	out->pages_mapped = out->pages_nominal - out->pages_untouched;
+	out->pages_mapped = count_nominal(mm) - out->pages_untouched;
 	out->ksm_pages_sharing = out->pages_shared_merge;
 	out->ksm_zero_pages = out->pages_zero;
 	out->ksm_general_profit = (int64_t)((out->pages_shared_merge + out->pages_zero) * PAGE_SIZE);
@@ -137,13 +154,16 @@ static struct merge_mm *merge_of(struct merge *m, const struct mm *mm)
 	return g;
 }
 
-void obs_guest(struct mm *mm, struct merge *m, struct kage_stats *out)
+void obs_guest(struct mm *mm, struct merge *m, bool walk, struct kage_stats *out)
 {
 	struct merge_mm *g = merge_of(m, mm);
 
-	add_guest_figures(mm, out);
+	add_events(mm, out);
 	out->ksm_bytes = merge_mm_bytes(m, mm);
-	out->ksm_general_profit -= (int64_t)out->ksm_bytes;
+	if (walk) {
+		add_held(mm, out);
+		out->ksm_general_profit -= (int64_t)out->ksm_bytes;
+	}
 	if (g) {
 		out->ksm_pages_volatile = READ_ONCE(g->volatiles_last);
 		out->ksm_pages_skipped = READ_ONCE(g->skipped_last);
@@ -151,19 +171,21 @@ void obs_guest(struct mm *mm, struct merge *m, struct kage_stats *out)
 		out->ksm_pages_backed_off = READ_ONCE(g->backed_off_last);
 		out->ksm_chunk_visits = READ_ONCE(g->visits);
 		out->ksm_full_scans = READ_ONCE(g->passes);
-		out->ksm_pages_unshared = count_unshared(mm);
+		out->ksm_pages_unshared = walk ? count_unshared(mm) : 0;
 	}
 }
 
 static int add_guest(struct mm *mm, void *arg)
 {
+	add_events(mm, arg);
+	return 0;
+}
+
+static int add_guest_held(struct mm *mm, void *arg)
+{
 	struct kage_stats *out = arg, one = { 0 };
 
-	add_guest_figures(mm, &one);
-	out->guests++;
-	add_counters(&mm->count, out);
-	add_notify(&mm->notify, out);
-	out->pages_nominal += one.pages_nominal;
+	add_held(mm, &one);
 	out->pages_mapped += one.pages_mapped;
 	out->pages_private += one.pages_private;
 	out->pages_shared_clone += one.pages_shared_clone;
@@ -191,7 +213,7 @@ static void add_stable(struct stable *s, void *arg)
 	sh->chain += sizeof(*s) + (s->room > STABLE_FIRST ? s->room * sizeof(*s->chain) : 0);
 }
 
-static void add_merge(struct host *h, struct merge *m, struct kage_stats *out)
+static void add_merge(struct host *h, struct merge *m, bool walk, struct kage_stats *out)
 {
 	struct sharing sh = { .h = h };
 
@@ -208,7 +230,9 @@ static void add_merge(struct host *h, struct merge *m, struct kage_stats *out)
 	out->ksm_pages_scanned = atomic_load(&m->scanned);
 	out->ksm_pages_backed_off = atomic_load(&m->backed_off);
 	out->ksm_chunk_visits = atomic_load(&m->visits);
-	out->ksm_general_profit = (int64_t)((sh.sharing + out->pages_zero) * PAGE_SIZE) - (int64_t)out->ksm_bytes;
+	if (walk)
+		out->ksm_general_profit =
+			(int64_t)((sh.sharing + out->pages_zero) * PAGE_SIZE) - (int64_t)out->ksm_bytes;
 }
 
 static void add_pool(struct host *h, struct kage_stats *out)
@@ -233,11 +257,13 @@ static void add_reserve(struct tenant *t, void *arg)
 	out->references_noted += READ_ONCE(t->reserve->noted);
 }
 
-void obs_engine(struct host *h, struct merge *m, struct kage_stats *out)
+void obs_engine(struct host *h, struct merge *m, bool walk, struct kage_stats *out)
 {
 	add_counters(&h->retired, out);
 	host_each_mm(h, add_guest, out);
+	if (walk)
+		host_each_mm(h, add_guest_held, out);
 	tenants_hardened(h, add_reserve, out);
-	add_merge(h, m, out);
+	add_merge(h, m, walk, out);
 	add_pool(h, out);
 }

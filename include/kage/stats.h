@@ -96,6 +96,15 @@ struct kage_stats {
  */
 KAGE_API int kage_stats_get(struct kage_engine *engine, struct kage_vm *vm, struct kage_stats *stats);
 
+/**
+ * The same without that walk: time follows the number of guests and of stable frames, not the guests' size. What is counted
+ * by walking is 0: pages_mapped, pages_private, pages_shared_clone, pages_shared_merge, pages_zero, pages_untouched,
+ * pages_host_private, ksm_zero_pages and ksm_general_profit; of a guest also ksm_pages_sharing and ksm_pages_unshared. Nor does it
+ * look for what the host kernel has broken of a KVM guest's pages.
+ * Returns KAGE_OK, -EINVAL, -E2BIG. Any thread.
+ */
+KAGE_API int kage_counters_get(struct kage_engine *engine, struct kage_vm *vm, struct kage_stats *stats);
+
 enum kage_dump_what {
 	KAGE_DUMP_PRIMARY = 0, /**< the guest's primary table, runs of like entries joined */
 	KAGE_DUMP_SHADOW = 1,  /**< its shadow tables */

@@ -224,6 +224,7 @@ START_TEST(longer_results)
 	LONGER(kage_audit) a = {.c.size = sizeof(a)};
 
 	ok(kage_stats_get(engine, NULL, &s.c));
+	ok(kage_counters_get(engine, NULL, &s.c));
 	ok(kage_engine_step(engine, &b.c, &p.c));
 	ok(kage_engine_audit(engine, &a.c));
 	b.tail[0] = 1;
@@ -805,6 +806,72 @@ static struct kage_stats stats_of(struct kage_engine *e)
 	return s;
 }
 
+/* -- counters without a walk -------------------------------------------------------------------------- */
+
+/* What only a walk can tell. */
+static void forget_held(struct kage_stats *s, bool guest)
+{
+	s->pages_mapped = s->pages_private = s->pages_shared_clone = s->pages_shared_merge = 0;
+	s->pages_zero = s->pages_untouched = s->pages_host_private = s->ksm_zero_pages = 0;
+	s->ksm_general_profit = 0;
+	if (guest)
+		s->ksm_pages_sharing = s->ksm_pages_unshared = 0;
+}
+
+/* Both ways say the same but for that. */
+static struct kage_stats same_counters(struct kage_vm *guest)
+{
+	struct kage_stats all = {.size = sizeof(all)}, few = all;
+
+	ok(kage_stats_get(engine, guest, &all));
+	ok(kage_counters_get(engine, guest, &few));
+	ck_assert_uint_eq(all.pages_mapped + all.pages_untouched, all.pages_nominal);
+	forget_held(&all, guest != NULL);
+	ck_assert_mem_eq(&few, &all, sizeof(all));
+	return few;
+}
+
+START_TEST(counters)
+{
+	struct kage_stats s = {.size = sizeof(s)};
+	struct kage_vm *clone;
+	struct kage_vcpu *v;
+
+	is(kage_counters_get(NULL, NULL, &s), -EINVAL);
+	is(kage_counters_get(engine, NULL, NULL), -EINVAL);
+	s.size = 0;
+	is(kage_counters_get(engine, NULL, &s), -EINVAL);
+	same_counters(NULL);
+	ok(kage_vm_map(vm, KAGE_CFG(kage_region, .gpa = 8 * MIB, .len = 4 * MIB, .flags = KAGE_REGION_MERGEABLE)));
+	ok(kage_vcpu_create(vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI), &v));
+	for (uint64_t at = 0, word; at < MIB; at += PAGE) {
+		word = at % (4 * PAGE); /* 0: a page of zeroes */
+		ok(kage_vcpu_store(v, 8 * MIB + at, &word, 8, NULL));
+	}
+	ok(kage_vm_clone(vm, NULL, &clone));
+	ok(kage_vm_write(clone, 8 * MIB, "unique", 6));
+	ok(kage_engine_tune(engine, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE)));
+	for (unsigned i = 0; i < 5; i++)
+		ok(kage_engine_step(engine, NULL, NULL));
+	ok(kage_vm_advise(clone, 9 * MIB - PAGE, PAGE, KAGE_ADVICE_DISCARD));
+	s = same_counters(NULL);
+	ck_assert_uint_eq(s.guests, 2);
+	ck_assert_uint_eq(s.pages_nominal, 2 * 5 * MIB / PAGE);
+	ck_assert_uint_eq(s.clones, 1);
+	ck_assert_uint_gt(s.ksm_pages_sharing, 100);
+	ck_assert_uint_gt(s.frames_used, 0);
+	s = same_counters(vm);
+	ck_assert_uint_eq(s.pages_nominal, 5 * MIB / PAGE);
+	ck_assert_uint_gt(s.tlb_misses, 0);
+	s = same_counters(clone);
+	ck_assert_uint_ge(s.cow_breaks, 1);
+	ck_assert_uint_eq(s.pages_discarded, 1);
+	kage_vcpu_destroy(v);
+	ok(kage_vm_destroy(clone));
+	ck_assert_uint_eq(same_counters(NULL).pages_discarded, 1);
+}
+END_TEST
+
 START_TEST(memory_limit)
 {
 	struct kage_engine *small;
@@ -1161,6 +1228,7 @@ int main(void)
 	    trap,
 	    files,
 	    external,
+	    counters,
 	    memory_limit,
 	    no_memory_for_objects,
 	    audits_beside_others, descriptors_and_threads,
