@@ -84,8 +84,11 @@ skip() {
 run() {
 	suite=$1
 	shift
+	start=$(date +%s)
 	"$@" --rows "$rows" $quick
-	case $? in
+	status=$?
+	took="$took $suite $(($(date +%s) - start)),"
+	case $status in
 	0) ;;
 	1) void=1 ;;
 	77) skip "$suite" "the machine has no KVM that runs the benchmark's guests" ;;
@@ -98,6 +101,7 @@ if wants merge; then KAGE_BUILD=$build sh bench/merge/run.sh --prepare; fi
 machine=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)
 echo "Machine: $(nproc) CPUs, ${machine:-unknown}, Linux $(uname -r); load $(load)"
 begin=$(date +%s)
+took=
 for suite in $suites; do
 	case $suite in
 	merge) KAGE_BUILD=$build run merge sh bench/merge/run.sh ${plots:+--plots "$plots"} ;;
@@ -109,11 +113,13 @@ for suite in $suites; do
 		fi
 		;;
 	notify) run notify "$build/bench/kage-bench-notify" ;;
+	# In one process: the largest guests are the same.
+	clone) run clone "$build/bench/kage-bench-core" clone $(if wants memory; then echo memory; fi) ;;
+	memory) wants clone || run memory "$build/bench/kage-bench-core" memory ;;
 	*) run "$suite" "$build/bench/kage-bench-core" "$suite" ;;
 	esac
 done
 echo
-echo "Load $(load); $(($(date +%s) - begin)) s"
 
 # -- what came out --------------------------------------------------------------------------------------
 
@@ -126,4 +132,5 @@ if [ -n "$json" ]; then
 	echo "Rows: $json"
 fi
 [ -z "$plots" ] || sh bench/plots.sh "$rows" "$plots" || void=1
+echo "Load $(load); seconds:$took $(($(date +%s) - begin)) in all"
 [ -z "$void" ]

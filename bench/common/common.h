@@ -6,6 +6,7 @@
  *   suites.c    options, which suites run
  *   measure.c   clocks, medians and quartiles, turns, giving up
  *   report.c    the table and the JSON file
+ *   steps.c     steps of an engine
  *   peer.c      the kernel's private mappings and fork()
  *
  * Rules of every row: its result is checked in the run that was timed, and a row
@@ -120,6 +121,13 @@ static inline uint64_t mix(uint64_t i)
 	i *= 0xbf58476d1ce4e5b9u;
 	return i ^ i >> 32;
 }
+
+/* -- steps.c ---------------------------------------------------------------------------- */
+
+/* Steps until nothing waits for its grace period. CPU ns. */
+double steps_settle(struct kage_engine *e);
+/* Steps with merging on until nothing more merges; the first passes may only look. CPU ns. */
+double steps_merge(struct kage_engine *e);
 
 /* -- peer.c ----------------------------------------------------------------------------- */
 

@@ -30,7 +30,7 @@ static struct bench form_of(bool quick, bool smoke)
 	if (smoke)
 		return (struct bench){.smoke = true, .quick = true, .reps = 1, .shift = 7};
 	if (quick)
-		return (struct bench){.quick = true, .reps = 5, .shift = 2};
+		return (struct bench){.quick = true, .reps = 3, .shift = 2};
 	return (struct bench){.reps = 11};
 }
 

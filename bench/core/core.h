@@ -35,11 +35,14 @@ struct guest {
 /* An engine with one guest with one region. reserve: see kage_engine_config. */
 struct guest guest_create(uint64_t bytes, uint32_t region_flags, uint64_t reserve);
 void guest_destroy(struct guest *g);
-/* Steps until nothing waits for its grace period. */
-void guest_settle(const struct guest *g);
+static inline void guest_settle(const struct guest *g)
+{
+	steps_settle(g->engine);
+}
 /* Makes every entry present by read faults; no memory is populated. Returns the number of entries made, 0 if
  * the engine's count of faults that made one is another. */
 uint64_t guest_present(const struct guest *g);
+struct kage_stats guest_counters(const struct guest *g, struct kage_vm *vm); /* without what is counted by a walk */
 struct kage_stats guest_stats(const struct guest *g, struct kage_vm *vm);
 /* The guest's memory at gpa 0 as one host range. It is pinned until guest_unraw(). */
 char *guest_raw(const struct guest *g, uint64_t bytes);
@@ -57,9 +60,15 @@ struct kage_vcpu *vcpu_flat(struct kage_vm *vm, unsigned tlb_bits); /* 0: the de
 struct kage_vcpu *vcpu_paged(struct kage_vm *vm, uint64_t tables, unsigned tlb_bits);
 struct kage_vm *must_clone(struct kage_vm *vm);
 
-/* An engine whose structures' bytes are counted in heap_bytes(). One at a time. */
+/* An engine whose structures' bytes are counted in heap_bytes(), of all such engines together. */
 struct guest guest_counted(uint64_t bytes, uint32_t region_flags);
 uint64_t heap_bytes(void);
+
+/* -- memory.c ----------------------------------------------------------------------------- */
+
+/* Such a guest with every entry present, their number in *entries; what it takes is kept for the rows of suite memory,
+ * which need not make it once more. */
+struct guest guest_measured(uint64_t bytes, uint32_t region_flags, uint64_t *entries);
 
 /* -- twin.c ------------------------------------------------------------------------------- */
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * COW break: one vCPU of a clone stores 8 bytes into each page of 1 GiB (a quarter
- * of it with --quick), all of it shared with the parent. Peers do the same through host memory: a private
+ * COW break: one vCPU of a clone stores 8 bytes into each page of 1 GiB (128 MiB
+ * with --quick), all of it shared with the parent. Peers do the same through host memory: a private
  * mapping of a memfd (fresh for each repetition), and anonymous memory after
  * fork(), both of 4 KiB pages.
  *
@@ -118,7 +118,7 @@ static double sample_kage(void *arg)
 	struct guest g = c->fresh ? populated(c) : c->g;
 	struct kage_vm *clone = must_clone(g.vm);
 	struct kage_vcpu *v = vcpu_flat(clone, 0);
-	uint64_t breaks = guest_stats(&g, NULL).cow_breaks, key = ++c->round + 1;
+	uint64_t breaks = guest_counters(&g, NULL).cow_breaks, key = ++c->round + 1;
 	pthread_t thread;
 	double ns;
 	bool ok;
@@ -130,7 +130,7 @@ static double sample_kage(void *arg)
 		c->stop = true;
 		pthread_join(thread, NULL);
 	}
-	ok = c->wrong == 0 && guest_stats(&g, NULL).cow_breaks - breaks == c->pages && holds(c, clone, key) &&
+	ok = c->wrong == 0 && guest_counters(&g, NULL).cow_breaks - breaks == c->pages && holds(c, clone, key) &&
 	     holds(c, g.vm, 1);
 	kage_vcpu_destroy(v);
 	must(kage_vm_destroy(clone), "destroy clone");
@@ -203,7 +203,7 @@ static void cow_row(const struct bench *b, struct cow *c, const char *name, bool
 
 	row.goal = fork || c->fresh || c->beside ? GOAL_NONE : GOAL_RATIO;
 	row.limit = 2.5;
-	row_note(&row, "%s", note);
+	row_note(&row, "%u MiB, %s", (unsigned)(c->bytes / MIB), note);
 	if (fork)
 		c->anon = host_anon(c->bytes);
 	else
@@ -219,7 +219,7 @@ static void cow_row(const struct bench *b, struct cow *c, const char *name, bool
 
 void bench_cow(const struct bench *b)
 {
-	uint64_t bytes = b->smoke ? 8 * MIB : b->quick ? 256 * MIB : GIB;
+	uint64_t bytes = b->smoke ? 8 * MIB : b->quick ? 128 * MIB : GIB;
 	struct cow c = {.bytes = bytes, .pages = bytes / PAGE, .reserve = KEEP};
 
 	cow_row(b, &c, "cow-break", false, "in order, mapped by blocks, recycled pool, one vCPU running");

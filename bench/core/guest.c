@@ -58,15 +58,12 @@ void guest_destroy(struct guest *g)
 	must(kage_engine_destroy(g->engine), "destroy engine");
 }
 
-void guest_settle(const struct guest *g)
+struct kage_stats guest_counters(const struct guest *g, struct kage_vm *vm)
 {
-	struct kage_progress p = {.size = sizeof(p), .more = 1};
+	struct kage_stats s = {.size = sizeof(s)};
 
-	while (p.more || p.frames_freed) {
-		p.more = 0;
-		p.frames_freed = 0;
-		must(kage_engine_step(g->engine, NULL, &p), "step");
-	}
+	must(kage_counters_get(g->engine, vm, &s), "counters");
+	return s;
 }
 
 struct kage_stats guest_stats(const struct guest *g, struct kage_vm *vm)
@@ -82,7 +79,7 @@ uint64_t guest_present(const struct guest *g)
 	struct kage_reader r;
 	struct kage_page page;
 	uint64_t entries = 0;
-	struct kage_stats before = guest_stats(g, g->vm), after;
+	struct kage_stats before = guest_counters(g, g->vm), after;
 
 	must(kage_reader_init(g->vm, &r), "reader");
 	for (uint64_t gpa = 0; gpa < g->bytes; entries++) {
@@ -97,7 +94,7 @@ uint64_t guest_present(const struct guest *g)
 		gpa = page.gpa + page.len;
 	}
 	kage_reader_finish(&r);
-	after = guest_stats(g, g->vm);
+	after = guest_counters(g, g->vm);
 	return after.faults - before.faults - (after.faults_spurious - before.faults_spurious) == entries
 		   ? entries
 		   : 0;

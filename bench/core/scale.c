@@ -110,15 +110,7 @@ static double fault(struct herd *h)
 
 static void merge(struct herd *h)
 {
-	uint64_t merged = 1;
-
-	must(kage_engine_tune(h->engine, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE)), "tune");
-	for (unsigned pass = 0; pass < 3 || merged; pass++) {
-		struct kage_progress p = {.size = sizeof(p)};
-
-		must(kage_engine_step(h->engine, NULL, &p), "merging");
-		merged = p.pages_merged;
-	}
+	steps_merge(h->engine);
 }
 
 static void clone_all(struct herd *h)
@@ -129,11 +121,9 @@ static void clone_all(struct herd *h)
 
 static void destroy_all(struct herd *h)
 {
-	const struct guest g = {.engine = h->engine};
-
 	for (unsigned i = 0; i < 2 * h->guests; i++)
 		must(kage_vm_destroy(h->vm[i]), "destroy");
-	guest_settle(&g);
+	steps_settle(h->engine);
 }
 
 /* Some of what guests and clones hold; that all was merged that could be. */
@@ -142,7 +132,7 @@ static void check_all(struct herd *h)
 	struct kage_stats s = {.size = sizeof(s)};
 	uint64_t common = (PAGES / 2) * (uint64_t)(h->guests - 1), seen = 0;
 
-	must(kage_stats_get(h->engine, NULL, &s), "stats");
+	must(kage_counters_get(h->engine, NULL, &s), "counters");
 	h->ok &= s.ksm_merges == common && s.guests == 2 * h->guests;
 	for (uint64_t k = 0; k < 1000; k++) {
 		unsigned vm = (unsigned)(mix(k) % (2 * h->guests));
@@ -231,7 +221,7 @@ void bench_scale(const struct bench *b)
 	struct herd *many = herd_create(b->smoke ? 40 : MANY, 1);
 	struct herd *few = herd_create(b->smoke ? 8 : FEW, b->smoke ? 1 : 8),
 		    *one = herd_create(1, b->smoke ? 2 : 32);
-	struct bench fewer = {.quick = b->quick, .smoke = b->smoke, .reps = b->reps == 5 ? 3 : b->reps};
+	struct bench fewer = {.quick = b->quick, .smoke = b->smoke, .reps = b->quick ? 1 : b->reps};
 	struct turns t = take_turns(&fewer, sample_herd, many, sample_herd, few);
 	struct row row = {.suite = "scale",
 			  .name = "guests-1000",

@@ -87,7 +87,7 @@ static double sample_change(void *arg)
 {
 	struct shootdown *s = arg;
 	struct notify *n = &s->g.vm->mm.notify;
-	struct kage_stats before = guest_stats(&s->g, s->g.vm), after;
+	struct kage_stats before = guest_counters(&s->g, s->g.vm), after;
 
 	for (unsigned i = 0; i < s->changes; i++) {
 		struct notify_change c = {.start = GFN(0),
@@ -104,7 +104,7 @@ static double sample_change(void *arg)
 		s->whole[i] = wall_ns() - s->whole[i];
 	}
 	wait_stores(s);
-	after = guest_stats(&s->g, s->g.vm);
+	after = guest_counters(&s->g, s->g.vm);
 	s->barriers = after.shootdowns - before.shootdowns;
 	middle(s, s->ns);
 	middle(s, s->whole);

@@ -97,7 +97,7 @@ static double storm_run(struct storm *s, bool storming, struct kage_stats *stats
 	s->stop = true;
 	if (storming)
 		pthread_join(thread, NULL);
-	*stats = guest_stats(&s->g, s->g.vm);
+	*stats = guest_counters(&s->g, s->g.vm);
 	guest_destroy(&s->g);
 	return ns / (double)s->faults;
 }
@@ -197,7 +197,7 @@ static void fault_row(const struct side *ours, const struct side *global, const 
 
 void storm_rows(const struct bench *b)
 {
-	uint64_t faults = (uint64_t)1 << (20 - b->shift);
+	uint64_t faults = (uint64_t)1 << (b->smoke ? 13 : 18 - b->shift);
 	struct side ours = {.ok = true}, global = {.ok = true};
 	struct row row = {.suite = "notify", .name = "spurious-storm", .unit = "count", .goal = GOAL_MOST};
 	char program[512];

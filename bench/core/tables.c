@@ -525,7 +525,7 @@ static double sample_first(void *arg)
 	struct first *f = arg;
 	struct kage_vm *clone = must_clone(f->g.vm);
 	struct kage_vcpu *v = vcpu_paged(clone, f->tables, 0);
-	uint64_t found = 0, sum = 0, before = guest_stats(&f->g, clone).shadow_faults, installed;
+	uint64_t found = 0, sum = 0, before = guest_counters(&f->g, clone).shadow_faults, installed;
 	int bad = 0;
 	double ns = cpu_ns();
 
@@ -539,7 +539,7 @@ static double sample_first(void *arg)
 	ns = cpu_ns() - ns;
 	for (uint64_t i = 0; i < f->pages; i++)
 		sum += access_content(access_line(i));
-	installed = guest_stats(&f->g, clone).shadow_faults - before;
+	installed = guest_counters(&f->g, clone).shadow_faults - before;
 	kage_vcpu_destroy(v);
 	must(kage_vm_destroy(clone), "destroy clone");
 	guest_settle(&f->g);

@@ -108,7 +108,7 @@ static bool all_hold(struct crowd *c, unsigned n)
 /* Wall ns, or a negative number. */
 static double break_all(struct crowd *c, unsigned n)
 {
-	uint64_t before = guest_stats(&c->g, NULL).cow_breaks;
+	uint64_t before = guest_counters(&c->g, NULL).cow_breaks;
 	struct kage_vcpu *v[2];
 	double ns;
 	bool ok;
@@ -119,7 +119,7 @@ static double break_all(struct crowd *c, unsigned n)
 		v[i] = vcpu_flat(c->clone[c->apart ? i : 0], 0);
 	}
 	ns = run_threads(c, n, v);
-	ok = guest_stats(&c->g, NULL).cow_breaks - before == c->bytes / PAGE && all_hold(c, n);
+	ok = guest_counters(&c->g, NULL).cow_breaks - before == c->bytes / PAGE && all_hold(c, n);
 	for (unsigned i = 0; i < 2; i++)
 		kage_vcpu_destroy(v[i]);
 	for (unsigned i = 0; i < 2; i++)
@@ -180,7 +180,7 @@ static void threads_row(const struct bench *b, struct crowd *c, const char *name
 
 void bench_threads(const struct bench *b)
 {
-	struct crowd c = {.bytes = bench_size(b, b->quick ? 256 * MIB : GIB)};
+	struct crowd c = {.bytes = bench_size(b, b->quick ? 128 * MIB : GIB)};
 
 	c.g = guest_create(c.bytes, 0, KEEP);
 	for (uint64_t at = 0; at < c.bytes; at += PAGE) {

@@ -73,9 +73,9 @@ static double sample_touch(void *arg)
 	bool ok;
 
 	map_region(t);
-	before = guest_stats(&t->g, t->g.vm).faults;
+	before = guest_counters(&t->g, t->g.vm).faults;
 	ns = store_each(t, key);
-	faults = guest_stats(&t->g, t->g.vm).faults - before;
+	faults = guest_counters(&t->g, t->g.vm).faults - before;
 	ok = each_holds(t, key) && faults >= t->bytes / (t->flags & KAGE_REGION_NOHUGE ? PAGE : 2 * MIB);
 	unmap_region(t);
 	return ok ? ns / (double)(t->bytes / PAGE) : -1;
@@ -133,7 +133,7 @@ static void touch_row(const struct bench *b, const char *name, uint32_t flags, i
 		      const char *note)
 {
 	struct touch t = {.g = guest_create(2 * MIB, 0, 0),
-			  .bytes = bench_size(b, b->quick ? 256 * MIB : GIB),
+			  .bytes = bench_size(b, b->quick ? 128 * MIB : GIB),
 			  .flags = flags,
 			  .advice = advice};
 	struct row row = {.suite = "fault", .name = name, .unit = "ns", .peer = peer};

@@ -83,10 +83,16 @@ double subject_round(struct subject *s, struct guest_args *args);
 void subject_start(struct subject *s, const struct guest_args *args);
 int subject_wait(struct subject *s, struct guest_args *args, int wait_ms);
 
-/* Steps until nothing waits for its grace period. CPU ns. */
-double subject_settle(const struct subject *s);
-/* Steps with merging on until a pass merges nothing more. Returns CPU ns. */
-double subject_merge(const struct subject *s);
+static inline double subject_settle(const struct subject *s)
+{
+	return steps_settle(s->engine);
+}
+
+static inline double subject_merge(const struct subject *s)
+{
+	return steps_merge(s->engine);
+}
+
 struct kage_stats subject_stats(const struct subject *s);
 struct kage_kvm_info subject_info(const struct subject *s);
 /* CPU ns of kage_kvm_reconcile(). */

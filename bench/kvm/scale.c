@@ -87,7 +87,7 @@ static void check_all(struct herd *h)
 	struct kage_stats s = {.size = sizeof(s)};
 	uint64_t word;
 
-	must(kage_stats_get(h->s[0]->engine, NULL, &s), "stats");
+	must(kage_counters_get(h->s[0]->engine, NULL, &s), "counters");
 	h->ok &= s.ksm_merges >= (uint64_t)PAGES * (h->guests - 1);
 	for (uint64_t k = 0; k < 1000; k++) {
 		unsigned g = (unsigned)(mix(k) % h->guests), half = k & 1;

@@ -243,35 +243,6 @@ double subject_round(struct subject *s, struct guest_args *args)
 
 /* -- the engine ------------------------------------------------------------------------------------ */
 
-double subject_settle(const struct subject *s)
-{
-	struct kage_progress p = {.size = sizeof(p), .more = 1};
-	double ns = cpu_ns();
-
-	while (p.more || p.frames_freed) {
-		p.more = 0;
-		p.frames_freed = 0;
-		must(kage_engine_step(s->engine, NULL, &p), "step");
-	}
-	return cpu_ns() - ns;
-}
-
-double subject_merge(const struct subject *s)
-{
-	double ns = cpu_ns();
-	uint64_t merged = 1;
-
-	must(kage_engine_tune(s->engine, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE)), "tune");
-	for (unsigned pass = 0; pass < 3 || merged; pass++) {
-		struct kage_progress p = {.size = sizeof(p)};
-
-		must(kage_engine_step(s->engine, NULL, &p), "merging");
-		merged = p.pages_merged;
-	}
-	must(kage_engine_tune(s->engine, KAGE_CFG(kage_tune, .flags = 0)), "tune");
-	return cpu_ns() - ns;
-}
-
 struct kage_stats subject_stats(const struct subject *s)
 {
 	struct kage_stats stats = {.size = sizeof(stats)};

@@ -97,7 +97,7 @@ static void find_present(struct contents *c, unsigned guest, int fd)
 	for (; at >= 0; at = lseek(fd, end, SEEK_DATA)) {
 		end = lseek(fd, at, SEEK_HOLE);
 		for (uint64_t page = (uint64_t)at / PAGE; page * PAGE < (uint64_t)end; page++) {
-			c->touched += !(map[page / 64] >> page % 64 & 1);
+			c->touched[guest] += !(map[page / 64] >> page % 64 & 1);
 			map[page / 64] |= (uint64_t)1 << page % 64;
 		}
 	}

@@ -4,6 +4,8 @@
  * never touched is touched on neither side; regions have entries of 4 KiB, so that
  * the engine counts what was touched and no more.
  *
+ * Three are merged (demo-guests), then a fourth comes (family-1s): one run gives both.
+ *
  * How much there is to share is not known beforehand. ksmd is done when
  * two passes have found nothing new; its time counts until it had 99.9 % of that.
  * Kage's counts until its last step that did anything.
@@ -16,80 +18,11 @@
 #define FAMILY	  4
 #define NO_GUESTS "no RAM files of guests: sh bench/merge/run.sh makes them, or --guests DIR"
 
-struct real {
-	struct contents c;
-	struct series cpu, peer;      /* ms */
-	uint64_t frames, frames_peer; /* the most, and the fewest, of all runs */
-	bool ok;
-};
-
-static void real_ours(struct real *w)
-{
-	struct ours o;
-	struct run r;
-
-	ours_create(&o, &w->c);
-	run_check(&r, ours_stats(&o).frames_used == w->c.touched, "Kage holds more or less than was touched");
-	ours_merge(&o, &r);
-	ours_check(&o, &r);
-	ours_destroy(&o);
-	series_add(&w->cpu, r.cpu / 1e6);
-	if (r.frames > w->frames)
-		w->frames = r.frames;
-	trace_free(&r.trace);
-	w->ok &= r.ok;
-}
-
-static void real_theirs(struct real *w)
-{
-	struct theirs t;
-	struct run r;
-
-	theirs_create(&t, &w->c);
-	theirs_merge(&t, 0, &r);
-	theirs_check(&t, &r);
-	theirs_destroy(&t);
-	series_add(&w->peer, r.cpu / 1e6);
-	if (!w->frames_peer || r.frames < w->frames_peer)
-		w->frames_peer = r.frames;
-	trace_free(&r.trace);
-	w->ok &= r.ok;
-}
-
-static void demo_guests(const struct bench *b)
-{
-	static const char *const names[] = {"demo-guests", NULL};
-	struct row row = {.name = names[0], .unit = "ms", .peer = "ksmd", .goal = GOAL_RATIO, .limit = 1};
-	struct real w = {.ok = true};
-	unsigned reps = form.smoke ? 1 : b->quick ? 3 : 11;
-
-	if (skip_case(names))
-		return;
-	if (skip_because(names,
-			 !form.guests || contents_images(&w.c, form.guests, FAMILY - 1) ? NO_GUESTS : NULL))
-		return;
-	for (unsigned i = 0; i < 2 * reps; i++) {
-		bool peer = (i & 1) ^ (i / 2 & 1);
-
-		if (!peer)
-			real_ours(&w);
-		else if (!form.alone)
-			real_theirs(&w);
-	}
-	/* no more frames than ksmd leaves, within what counts as the same */
-	row.isvoid =
-	    !w.ok || (w.frames_peer && w.frames > w.frames_peer && !same_frames(w.frames, w.frames_peer));
-	row_note(&row, "%.1f MiB touched; left: %.1f MiB, by ksmd %.1f", (double)w.c.touched / 256,
-		 (double)w.frames / 256, (double)w.frames_peer / 256);
-	finish_row(&row, &w.cpu, &w.peer);
-	contents_free(&w.c);
-}
-
-/* -- a fourth of the family ------------------------------------------------------------------- */
-
 struct family {
-	struct contents c;
-	struct series shared, peer;	 /* MiB within a second of CPU time */
+	struct contents c;	      /* of four guests; runs begin with three */
+	struct series cpu, cpu_peer;  /* ms; three guests */
+	uint64_t frames, frames_peer; /* left of them: the most, and the fewest, of all runs */
+	struct series shared, peer;	 /* of the fourth: MiB within a second of CPU time */
 	struct series until, until_peer; /* ms until 90 % of the end */
 	bool ok;
 };
@@ -105,58 +38,79 @@ static void take(struct run *r, struct series *shared, struct series *until)
 
 static void family_ours(struct family *f)
 {
+	struct run three, four;
 	struct ours o;
-	struct run r;
+	uint64_t held;
 
 	ours_create(&o, &f->c);
-	ours_merge(&o, &r);
-	trace_free(&r.trace);
-	f->ok &= r.ok;
+	held = ours_stats(&o).frames_used;
+	ours_merge(&o, &three);
+	run_check(&three, held == contents_nominal(&f->c), "Kage holds more or less than was touched");
+	series_add(&f->cpu, three.cpu / 1e6);
+	if (three.frames > f->frames)
+		f->frames = three.frames;
+	trace_free(&three.trace);
 	ours_add(&o);
-	ours_merge(&o, &r);
-	ours_check(&o, &r);
+	ours_merge(&o, &four);
+	ours_check(&o, &four);
 	ours_destroy(&o);
-	f->ok &= r.ok;
-	take(&r, &f->shared, &f->until);
+	take(&four, &f->shared, &f->until);
+	f->ok &= three.ok && four.ok;
 }
 
 static void family_theirs(struct family *f)
 {
-	struct contents all = f->c;
+	struct run three, four;
 	struct theirs t;
-	struct run r;
 	uint64_t before;
 
 	theirs_create(&t, &f->c);
-	theirs_merge(&t, 0, &r);
-	trace_free(&r.trace);
-	f->ok &= r.ok;
+	theirs_merge(&t, &three);
+	series_add(&f->cpu_peer, three.cpu / 1e6);
+	if (!f->frames_peer || three.frames < f->frames_peer)
+		f->frames_peer = three.frames;
+	trace_free(&three.trace);
 	before = ksm_counts().sharing;
 	theirs_add(&t);
-	t.contents.touched = all.touched;
-	theirs_merge(&t, 0, &r);
-	for (unsigned i = 0; i < r.trace.n; i++)
-		r.trace.sample[i].saved -=
-		    r.trace.sample[i].saved > before ? before : r.trace.sample[i].saved;
-	theirs_check(&t, &r);
+	theirs_merge(&t, &four);
+	for (unsigned i = 0; i < four.trace.n; i++)
+		four.trace.sample[i].saved -=
+		    four.trace.sample[i].saved > before ? before : four.trace.sample[i].saved;
+	theirs_check(&t, &four);
 	theirs_destroy(&t);
-	f->ok &= r.ok;
-	take(&r, &f->peer, &f->until_peer);
+	take(&four, &f->peer, &f->until_peer);
+	f->ok &= three.ok && four.ok;
 }
 
-static void family_1s(const struct bench *b)
+static void family_rows(struct family *f)
 {
-	static const char *const names[] = {"family-1s", NULL};
-	struct row row = {.name = names[0], .unit = "MiB", .peer = "ksmd", .more = true};
+	struct row three = {.name = "demo-guests", .unit = "ms", .peer = "ksmd", .goal = GOAL_RATIO, .limit = 1};
+	struct row four = {.name = "family-1s", .unit = "MiB", .peer = "ksmd", .more = true, .isvoid = !f->ok};
+
+	/* no more frames than ksmd leaves, within what counts as the same */
+	three.isvoid =
+	    !f->ok || (f->frames_peer && f->frames > f->frames_peer && !same_frames(f->frames, f->frames_peer));
+	row_note(&three, "%.1f MiB touched; left: %.1f MiB, by ksmd %.1f", (double)contents_nominal(&f->c) / 256,
+		 (double)f->frames / 256, (double)f->frames_peer / 256);
+	row_note(&four,
+		 "three are merged, a fourth comes: saved after 1 s of CPU time; 90 %% of its share after "
+		 "%.0f ms, ksmd %.0f ms",
+		 series_median(&f->until), series_median(&f->until_peer));
+	finish_row(&three, &f->cpu, &f->cpu_peer);
+	finish_row(&four, &f->shared, &f->peer);
+}
+
+void bench_demo(const struct bench *b)
+{
+	static const char *const names[] = {"demo-guests", "family-1s", NULL};
 	struct family f = {.ok = true};
-	unsigned reps = form.smoke ? 1 : b->quick ? 3 : 11;
+	unsigned reps = form.smoke || b->quick ? 1 : 11;
 
 	if (skip_case(names))
 		return;
-	if (skip_because(names,
-			 !form.guests || contents_images(&f.c, form.guests, FAMILY) ? NO_GUESTS : NULL))
+	if (skip_because(names, !form.guests || contents_images(&f.c, form.guests, FAMILY) ? NO_GUESTS : NULL))
 		return;
-	f.c.guests--;
+	f.c.guests = FAMILY - 1;
 	for (unsigned i = 0; i < 2 * reps; i++) {
 		bool peer = (i & 1) ^ (i / 2 & 1);
 
@@ -165,18 +119,6 @@ static void family_1s(const struct bench *b)
 		else if (!form.alone)
 			family_theirs(&f);
 	}
-	row.isvoid = !f.ok;
-	row_note(&row,
-		 "three are merged, a fourth comes: saved after 1 s of CPU time; 90 %% of its share after "
-		 "%.0f ms, ksmd %.0f ms",
-		 series_median(&f.until), series_median(&f.until_peer));
-	finish_row(&row, &f.shared, &f.peer);
-	f.c.guests++;
+	family_rows(&f);
 	contents_free(&f.c);
-}
-
-void bench_demo(const struct bench *b)
-{
-	demo_guests(b);
-	family_1s(b);
 }

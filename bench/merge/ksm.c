@@ -305,14 +305,11 @@ void theirs_destroy(struct theirs *t)
 	ksm_clean();
 }
 
-/* Whether ksmd has come to the end: of so many passes; of what there is to share; or nothing new for two
- * passes. */
-static bool finished(const struct theirs *t, struct run *r, unsigned passes, uint64_t saved)
+/* Whether ksmd has come to the end: of what there is to share; or nothing new for two passes. */
+static bool finished(const struct theirs *t, struct run *r, uint64_t saved)
 {
 	uint64_t goal = t->contents.distinct;
 
-	if (passes)
-		return r->passes >= passes;
 	if (goal)
 		return saved >= contents_nominal(&t->contents) - goal;
 	if (saved != r->seen) {
@@ -327,9 +324,9 @@ static uint64_t saved_since(const struct ksm_counts *now, const struct ksm_count
 	return now->sharing + now->zero - first->zero;
 }
 
-void theirs_merge(struct theirs *t, unsigned passes, struct run *r)
+void theirs_merge(struct theirs *t, struct run *r)
 {
-	uint64_t nominal = contents_nominal(&t->contents), most = 0;
+	uint64_t nominal = contents_nominal(&t->contents);
 	struct ksm_counts first = ksm_counts(), now;
 	double begin = wall_ns();
 
@@ -343,41 +340,45 @@ void theirs_merge(struct theirs *t, unsigned passes, struct run *r)
 		r->cpu = now.cpu - first.cpu;
 		r->passes = now.full_scans - first.full_scans;
 		trace_add(&r->trace, r->wall, r->cpu, saved_since(&now, &first));
-		if (now.shared + now.sharing + now.unshared > most)
-			most = now.shared + now.sharing + now.unshared;
-	} while (r->wall < TIMEOUT_NS && !finished(t, r, passes, saved_since(&now, &first)));
+	} while (r->wall < TIMEOUT_NS && !finished(t, r, saved_since(&now, &first)));
 	ksm_stop();
 	now = ksm_counts();
 	r->frames = nominal - saved_since(&now, &first);
-	if (!passes && !t->contents.distinct) /* it had been there long before that was known */
+	if (!t->contents.distinct) /* it had been there long before that was known */
 		r->cpu = trace_reach(&r->trace, 0.999 * (double)saved_since(&now, &first))->cpu;
 	run_check(r, r->wall < TIMEOUT_NS, "ksmd did not come to an end");
 	/* K2 */
 	run_check(r, now.shared + now.sharing + now.unshared <= nominal && !others(),
 		  "ksmd scanned memory of somebody else too");
-	run_check(r, !passes || same_frames(most, nominal), "ksmd does not know all pages");
 }
 
-void theirs_passes(struct theirs *t, unsigned warm, unsigned n, struct run *r, struct series *s)
+void theirs_passes(struct theirs *t, unsigned first, unsigned n, struct run *r, struct series *s)
 {
-	struct ksm_counts first = ksm_counts(), now = first;
-	double begin = wall_ns(), last = first.cpu;
-	uint64_t passes = 0;
+	struct ksm_counts before = ksm_counts(), now = before;
+	uint64_t nominal = contents_nominal(&t->contents), most = 0;
+	double begin = wall_ns(), last = before.cpu;
 
 	*r = (struct run){.ok = true};
 	ksm_start();
-	while (passes < warm + n && wall_ns() - begin < TIMEOUT_NS) {
+	while (r->passes < first + n && wall_ns() - begin < TIMEOUT_NS) {
 		usleep(POLL_US);
 		now = ksm_counts();
-		if (now.full_scans - first.full_scans == passes)
+		if (now.shared + now.sharing + now.unshared > most)
+			most = now.shared + now.sharing + now.unshared;
+		if (now.full_scans - before.full_scans == r->passes)
 			continue;
-		if (++passes > warm)
-			series_add(s, (now.cpu - last) / (double)contents_nominal(&t->contents));
+		if (++r->passes > first)
+			series_add(s, (now.cpu - last) / (double)nominal);
+		else
+			r->cpu = now.cpu - before.cpu;
 		last = now.cpu;
 	}
 	ksm_stop();
-	run_check(r, passes == warm + n, "ksmd did not come to an end");
-	run_check(r, !others(), "ksmd scanned memory of somebody else too"); /* K2 */
+	now = ksm_counts();
+	r->frames = nominal - saved_since(&now, &before);
+	run_check(r, r->passes == first + n, "ksmd did not come to an end");
+	run_check(r, most <= nominal && !others(), "ksmd scanned memory of somebody else too"); /* K2 */
+	run_check(r, same_frames(most, nominal), "ksmd does not know all pages");
 }
 
 void theirs_check(const struct theirs *t, struct run *r)

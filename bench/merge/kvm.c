@@ -35,10 +35,11 @@
 #define WAIT_MS	   600000
 #define LATE_MS	   60000 /* in which advised steps must have done something */
 #define WINDOW_NS  (form.smoke ? 20e6 : 400e6) /* CPU time of each guest in which its speed is measured */
-#define CALM_NS	   (form.smoke ? 20e6 : 2000e6) /* the same beside what takes seconds */
-#define ADVISED_MS (form.smoke ? 50 : 8000)     /* in which merging is watched */
-#define SCAN_MSEC  (form.smoke ? 20 : 0)        /* of a pass; 0: the default, ten seconds */
-#define PASS_MS	   (form.smoke ? 200 : 21000)   /* in which at least one begins and ends */
+#define CALM_NS	   (form.smoke ? 20e6 : form.quick ? 1000e6 : 2000e6) /* the same beside what takes seconds */
+#define ADVISED_MS (form.smoke ? 50 : form.quick ? 2000 : 8000)	/* in which merging is watched */
+/* of a pass; 0: the default, ten seconds. --quick: of guests a quarter as large, so as many pages a second */
+#define SCAN_MSEC (form.smoke ? 20 : form.quick ? 2500 : 0)
+#define PASS_MS	  (form.smoke ? 200 : form.quick ? 2500 : 21000) /* in which at least one begins and ends */
 
 /* What guests have done, and the CPU time that took. */
 struct gauge {
@@ -456,8 +457,8 @@ void bench_merge_kvm(const struct bench *b)
 	static const char *const names[] = {"kvm",	     "kvm-guest-merging",	  "kvm-guest-passes",
 					    "cow-break-kvm", "kvm-guest-loss",		  "kvm-guest-merging-advised",
 					    "kvm-guest-passes-advised", NULL};
-	char paced[96];
-	uint64_t bytes = form.smoke ? 16 * MIB : 256 * MIB;
+	char pace[40] = "the default pace", paced[96], calm[64];
+	uint64_t bytes = form.smoke ? 16 * MIB : b->quick ? 64 * MIB : 256 * MIB;
 	unsigned reps = form.smoke ? 1 : b->quick ? 1 : 5;
 	struct row row = {.name = names[0], .unit = "ns", .peer = "ksmd", .goal = GOAL_RATIO, .limit = 1};
 	struct row cow = {.name = names[3],
@@ -472,6 +473,8 @@ void bench_merge_kvm(const struct bench *b)
 
 	if (skip_case(names) || skip_because(names, vmm_missing()))
 		return;
+	if (SCAN_MSEC)
+		snprintf(pace, sizeof(pace), "the pace of a pass in %g s", SCAN_MSEC / 1e3);
 	for (unsigned i = 0; i < reps; i++) {
 		ok &= turn(bytes, true, &ours);
 		ok &= private_turn(bytes, &plain);
@@ -481,7 +484,8 @@ void bench_merge_kvm(const struct bench *b)
 	}
 	row.isvoid = cow.isvoid = lost.isvoid = !ok;
 	row_note(&row,
-		 "CPU of a saved frame while both guests run; of the stepping thread, releasing included");
+		 "CPU of a saved frame while both guests, of %u MiB, run; of the stepping thread, releasing included",
+		 (unsigned)(bytes / MIB));
 	row_note(&cow, "a guest's first write to each merged page, after it has read it%s",
 		 peer.cow.n ? "" : "; KSM's not measured");
 	if (peer.cow.n)
@@ -492,10 +496,11 @@ void bench_merge_kvm(const struct bench *b)
 	finish_row(&row, &ours.cpu, &peer.cpu);
 	speed_row(names[1], ok, &ours.merging, &ours.before, "merged flat out", &peer.merging, &peer.before);
 	speed_row(names[2], ok, &ours.passes, &ours.after, "one pass after the other", &peer.passes, &peer.after);
-	snprintf(paced, sizeof(paced), "merged at the default pace: %.0f MiB in %.1f s", ours.calm_pages * PAGE / MIB,
+	snprintf(paced, sizeof(paced), "merged at %s: %.0f MiB in %.1f s", pace, ours.calm_pages * PAGE / MIB,
 		 ours.calm_seconds);
 	speed_row(names[5], ok, &ours.calm_merging, &ours.calm_before, paced, NULL, NULL);
-	speed_row(names[6], ok, &ours.calm_passes, &ours.calm_after, "passes at the default pace", NULL, NULL);
+	snprintf(calm, sizeof(calm), "passes at %s", pace);
+	speed_row(names[6], ok, &ours.calm_passes, &ours.calm_after, calm, NULL, NULL);
 	finish_row(&cow, &ours.cow, &plain);
 	row_note(&lost, "CPU of the guests' threads for each saved frame, from the begin of merging until "
 			"all was read again, less what "

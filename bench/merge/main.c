@@ -43,8 +43,10 @@ static int own_options(int argc, char **argv)
 			form.plots = argv[++i];
 		else if (!strcmp(argv[i], "--guests") && i + 1 < argc)
 			form.guests = argv[++i];
-		else
+		else {
+			form.quick |= !strcmp(argv[i], "--quick");
 			argv[n++] = argv[i];
+		}
 	}
 	argv[n] = NULL;
 	return n;
@@ -53,7 +55,7 @@ static int own_options(int argc, char **argv)
 int main(int argc, char **argv)
 {
 	static const struct suite suites[] = {
-	    {"scan", bench_scan},     {"full", bench_full},	  {"scattered", bench_scattered},
+	    {"scan", bench_scan},     {"scattered", bench_scattered}, {"full", bench_full},
 	    {"steady", bench_steady}, {"demo", bench_demo},	  {"cow", bench_cow},
 	    {"kvm", bench_merge_kvm}, {"latency", bench_latency}, {"plots", bench_plots},
 	};

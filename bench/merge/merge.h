@@ -35,6 +35,7 @@
 
 /* From main()'s options. */
 struct form {
+	bool quick;
 	bool smoke;	  /* a few MiB, no peer: that rows work */
 	bool alone;	  /* no peer */
 	const char *only; /* the case to run, with the rows that come from it; NULL: all */
@@ -56,7 +57,7 @@ struct contents {
 	/* images: their bytes, and a bit for each page that is no hole of its file */
 	const char *image[GUESTS_MAX];
 	uint64_t *present[GUESTS_MAX];
-	uint64_t touched; /* all such pages */
+	uint64_t touched[GUESTS_MAX]; /* how many */
 	/* of Kage's engine and regions */
 	uint64_t reserve;
 	uint32_t flags;
@@ -73,7 +74,11 @@ int contents_images(struct contents *c, const char *dir, unsigned guests);
 void contents_free(struct contents *c);
 static inline uint64_t contents_nominal(const struct contents *c)
 {
-	return c->key ? c->guests * c->pages : c->touched;
+	uint64_t n = 0;
+
+	for (unsigned g = 0; g < c->guests; g++)
+		n += c->key ? c->pages : c->touched[g];
+	return n;
 }
 /* What a page holds; false: it was never touched. */
 bool contents_page(const struct contents *c, unsigned guest, uint64_t page, void *buf);
@@ -166,10 +171,11 @@ struct theirs {
 void theirs_create(struct theirs *t, const struct contents *c);
 void theirs_destroy(struct theirs *t);
 void theirs_add(struct theirs *t);
-/* Runs ksmd until as much is shared as the contents allow; `passes`: until so many of its passes are done. */
-void theirs_merge(struct theirs *t, unsigned passes, struct run *r);
-/* `warm` passes, then `n` whose CPU time is added to the series, ns a page each. */
-void theirs_passes(struct theirs *t, unsigned warm, unsigned n, struct run *r, struct series *s);
+/* Runs ksmd until as much is shared as the contents allow. */
+void theirs_merge(struct theirs *t, struct run *r);
+/* Unique pages: `first` passes, after which it knows them all, and whose CPU time is r->cpu; then `n`, whose CPU time is
+ * added to the series, ns a page each. */
+void theirs_passes(struct theirs *t, unsigned first, unsigned n, struct run *r, struct series *s);
 void theirs_check(const struct theirs *t, struct run *r);
 
 /* -- rows.c ------------------------------------------------------------------------------- */
@@ -190,6 +196,16 @@ bool skip_because(const char *const *names, const char *why);
 /* Median and quartiles of both series into the row, and out with it. */
 void finish_row(struct row *row, const struct series *ours, const struct series *peer);
 
+/* -- scan.c ------------------------------------------------------------------------------- */
+
+/* First scans, whose ns a page go into the series; every page is known afterwards. `go_on` may be NULL: what is done with
+ * the memory then. ksmd: two passes, and `n` further ones; with --quick once, of 1 GiB and with one further pass, for all
+ * rows. False: a check failed. */
+bool scan_ours(const struct contents *c, void (*go_on)(struct ours *o, void *arg), void *arg, struct series *s);
+bool scan_theirs(const struct contents *c, unsigned n, struct series *two, struct series *later);
+/* Two rows: against a page of one pass, against both. */
+void scan_rows(const char *const name[2], bool ok, const struct series *ours, const struct series *two, const char *note);
+
 /* -- latency.c --------------------------------------------------------------------------------- */
 
 #define HIST_FIRST   20.0 /* ns: bucket 0 is less */
@@ -203,8 +219,12 @@ struct histogram {
 
 double histogram_edge(unsigned bucket);
 double histogram_quantile(const struct histogram *h, double q);
-/* Two equal guests are merged while somebody writes to one; the peer's only if there is one. */
-bool latency_measure(const struct contents *c, struct histogram *ours, struct histogram *peer);
+
+/* -- plot.c ------------------------------------------------------------------------------------ */
+
+/* Keeps what pictures are made of, of the last repetition; nothing without --plots. */
+void plot_keep_run(bool peer, const struct trace *t);
+void plot_keep_latency(const struct histogram *ours, const struct histogram *peer);
 
 /* -- suites --------------------------------------------------------------------------------- */
 

@@ -65,7 +65,7 @@ struct kage_stats ours_stats(const struct ours *o)
 {
 	struct kage_stats s = {.size = sizeof(s)};
 
-	must(kage_stats_get(o->engine, NULL, &s), "stats");
+	must(kage_counters_get(o->engine, NULL, &s), "counters");
 	return s;
 }
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Pictures, by gnuplot: one run of each side of two equal guests of 512 MiB, and
- * the histogram of a guest's writes. Data and script stay beside them in the folder:
+ * Pictures, by gnuplot, of the last repetition of two rows, full-2x512m and
+ * write-latency. Data and script stay beside them in the folder:
  *
  *	merge-saved.svg    saved memory over wall time
  *	merge-cpu.svg      CPU time over wall time
@@ -19,6 +19,26 @@
 #include "merge.h"
 
 extern char **environ;
+
+static struct trace kept[2]; /* Kage's, ksmd's */
+static struct histogram kept_latency[2];
+
+void plot_keep_run(bool peer, const struct trace *t)
+{
+	struct trace *to = &kept[peer];
+
+	if (!form.plots)
+		return;
+	trace_free(to);
+	for (unsigned i = 0; i < t->n; i++)
+		trace_add(to, t->sample[i].wall, t->sample[i].cpu, t->sample[i].saved);
+}
+
+void plot_keep_latency(const struct histogram *ours, const struct histogram *peer)
+{
+	kept_latency[0] = *ours;
+	kept_latency[1] = *peer;
+}
 
 static FILE *create(const char *name)
 {
@@ -61,44 +81,18 @@ static void put_histogram(FILE *f, const struct histogram *h, const char *title)
 	fputs("\n\n", f);
 }
 
-static bool put_runs(bool *ok)
+static bool put_data(void)
 {
-	struct contents c = contents_equal(2, size_of_case(512 * MIB));
-	FILE *f = create("merge-time.dat");
-	struct theirs t;
-	struct ours o;
-	struct run r;
+	static const char *const title[] = {"Kage", "ksmd"};
+	FILE *runs = create("merge-time.dat"), *latencies = create("merge-latency.dat");
+	bool ok;
 
-	ours_create(&o, &c);
-	ours_merge(&o, &r);
-	ours_check(&o, &r);
-	ours_destroy(&o);
-	*ok &= r.ok;
-	put_trace(f, &r.trace, "Kage");
-	trace_free(&r.trace);
-	if (!form.alone) {
-		theirs_create(&t, &c);
-		theirs_merge(&t, 0, &r);
-		theirs_check(&t, &r);
-		theirs_destroy(&t);
-		*ok &= r.ok;
-		put_trace(f, &r.trace, "ksmd");
-		trace_free(&r.trace);
-	}
-	return fclose(f) == 0;
-}
-
-static bool put_latencies(bool *ok)
-{
-	struct contents c = contents_equal(2, size_of_case(512 * MIB));
-	struct histogram ours = {0}, peer = {0};
-	FILE *f = create("merge-latency.dat");
-
-	*ok &= latency_measure(&c, &ours, &peer);
-	put_histogram(f, &ours, "Kage");
-	if (peer.total)
-		put_histogram(f, &peer, "ksmd");
-	return fclose(f) == 0;
+	for (unsigned i = 0; i < 2 && kept[i].n; i++)
+		put_trace(runs, &kept[i], title[i]);
+	for (unsigned i = 0; i < 2 && kept_latency[i].total; i++)
+		put_histogram(latencies, &kept_latency[i], title[i]);
+	ok = fclose(runs) == 0;
+	return fclose(latencies) == 0 && ok;
 }
 
 static bool put_script(void)
@@ -147,21 +141,16 @@ static bool run_gnuplot(void)
 
 void bench_plots(const struct bench *b)
 {
-	const char *why = form.alone ? NULL : no_ksm ? no_ksm : ksm_alone();
-	bool ok = true;
-
 	if (!form.plots)
 		return;
-	if (why) {
-		printf("plots: none: %s\n", why);
-		return;
-	}
-	if (!put_runs(&ok) || !put_latencies(&ok) || !put_script())
+	if (!kept[0].n || !kept_latency[0].total)
+		printf("plots: none: they are made of the rows full-2x512m and write-latency\n");
+	else if (!put_data() || !put_script())
 		printf("plots: %s cannot be written\n", form.plots);
-	else if (!ok)
-		printf("plots: none: a check failed\n");
 	else if (!run_gnuplot())
 		printf("plots: gnuplot failed or is missing; %s/merge.gp is there\n", form.plots);
 	else
 		printf("plots: %s/merge-*.svg\n", form.plots);
+	trace_free(&kept[0]);
+	trace_free(&kept[1]);
 }

@@ -16,13 +16,9 @@ uint64_t size_of_case(uint64_t bytes)
 
 unsigned reps_of(const struct bench *b, uint64_t bytes)
 {
-	bool large = bytes >= 2 * GIB;
-
-	if (form.smoke)
+	if (form.smoke || b->quick)
 		return 1;
-	if (b->quick)
-		return large ? 1 : 3;
-	return large ? 5 : 11;
+	return bytes >= 2 * GIB ? 5 : 11;
 }
 
 void run_check(struct run *r, bool ok, const char *what)
