@@ -120,14 +120,17 @@ static void page_result(struct scanner *s, unsigned at)
 		page_later(s, at);
 }
 
-/* The family of the run's candidates, read-locked unless it is the guest's own. False: there is none any more. */
+/*
+ * The family of the run's candidates, read-locked unless it is the guest's own. False: there is none any more, or
+ * it is of another domain: since they were looked up, their frames may have changed hands (G1).
+ */
 static bool family_hold(struct scanner *s, struct brlock_held *held, bool *locked)
 {
 	struct run *r = &s->run;
 	struct layer *l = layer_find(s->m->host, where_owner(r->into << LEVEL_BITS));
 
 	*locked = false;
-	if (!l)
+	if (!l || l->family->domain != s->mm->domain)
 		return false;
 	r->into_family = l->family;
 	if (l->family == s->mm->family)

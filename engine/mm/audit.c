@@ -219,6 +219,19 @@ static void check_fused(struct mm_check *m, entry_t e, unsigned level, gfn_t gfn
 	      (long)m->mm->id, (long)gfn.v, (unsigned long long)e);
 }
 
+/* G1 of merge/merge.h: what is merged is of one domain. */
+static void check_domain(struct mm_check *m, entry_t e, gfn_t gfn)
+{
+	struct pool *pool = m->cs->h->pool;
+	const struct stable *s;
+
+	if (frame_kind(pfn_frame(pool, entry_pfn(e))) != FRAME_STABLE)
+		return;
+	s = frame_stable(pool, entry_pfn(e));
+	CHECK(m->cs, s->domain == m->mm->domain, "mm %lu gfn %#lx: of domain %u, maps stable %#lx of domain %u", (long)m->mm->id,
+	      (long)gfn.v, m->mm->domain, (long)s->pfn.v, s->domain);
+}
+
 static void check_leaf(struct mm_check *m, entry_t *slot, unsigned level, gfn_t gfn, bool w)
 {
 	struct census *cs = m->cs;
@@ -232,6 +245,8 @@ static void check_leaf(struct mm_check *m, entry_t *slot, unsigned level, gfn_t 
 		      "mm %lu gfn %#lx: a special entry is writable", (long)m->mm->id, (long)gfn.v);
 		return;
 	}
+	if (level == 0)
+		check_domain(m, e, gfn);
 	CHECK(cs, !w || exclusive(cs, entry_pfn(e), level), "mm %lu gfn %#lx level %u: writable, but not exclusive",
 	      (long)m->mm->id, (long)gfn.v, level);
 	CHECK(cs, level == 0 || rmap_walk(cs->h, entry_pfn(e), rmap_finds, slot) == 1,

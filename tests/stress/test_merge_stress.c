@@ -19,7 +19,7 @@
  * quiet to clone it. Merging knows nothing of it.
  *
  * Environment: KAGE_STRESS_SECONDS (30; half of it with a memory limit), KAGE_SEED (else the day's), KAGE_STRESS_HARDENED
- * (1: in a hardened merge domain, without a limit).
+ * (1: one of the two merge domains is hardened, without a limit).
  */
 #include <errno.h>
 #include <pthread.h>
@@ -251,9 +251,12 @@ static void write_page(struct slot *s, unsigned page, uint32_t content)
 	s->holds[page] = content;
 }
 
+/* One guest in three is another tenant's: frames that it gives back are taken by the others, and theirs by it. */
 static void make_guest(struct self *t, struct slot *s)
 {
-	UNTIL_DONE(kage_vm_create(w.engine, NULL, &s->vm));
+	uint32_t domain = rng_below(&t->rng, 3) == 0;
+
+	UNTIL_DONE(kage_vm_create(w.engine, KAGE_CFG(kage_vm_config, .merge_domain = domain), &s->vm));
 	UNTIL_DONE(kage_vm_map(s->vm, KAGE_CFG(kage_region, .len = PAGES_ALL * PAGE, .flags = KAGE_REGION_MERGEABLE)));
 	for (unsigned i = 0; i < 2; i++)
 		UNTIL_DONE(kage_vcpu_create(s->vm, KAGE_CFG(kage_vcpu_config, .abi = KAGE_VCPU_ABI, .tlb_bits = 9),

@@ -468,6 +468,69 @@ START_TEST(written_meanwhile)
 }
 END_TEST
 
+static void write_a(const struct kage_range *range)
+{
+	put(a, 9, 4242);
+}
+
+/* Guest b has heard of the change, a has not yet: what is written there by then is compared. */
+START_TEST(candidate_written_meanwhile)
+{
+	two_equal(PAGES, 0);
+	listen_to(b, write_a);
+	ck_assert_uint_eq(pass().pages_merged, PAGES - 1);
+	listen_no_more();
+	audit();
+	holds(a, 9, 4242);
+	all_hold(a, PAGES, 9);
+	all_hold(b, PAGES, UINT64_MAX);
+}
+END_TEST
+
+static struct kage_vm *other_tenant;
+
+static void *take_frames(void *arg)
+{
+	for (unsigned i = 0; i < 4; i++) /* a's memory is given back */
+		ok(kage_engine_step(engine, KAGE_CFG(kage_budget, .pages = 1), NULL));
+	ok(kage_vm_map(other_tenant,
+		       KAGE_CFG(kage_region, .len = PAGES * PAGE, .flags = KAGE_REGION_MERGEABLE)));
+	fill(other_tenant, PAGES);
+	ok(kage_vm_advise(other_tenant, 0, PAGES * PAGE, KAGE_ADVICE_MERGE_FIRST));
+	for (unsigned i = 0; i < 3; i++)
+		ok(kage_engine_step(engine, KAGE_CFG(kage_budget, .pages = PAGES + 8), NULL));
+	return NULL;
+}
+
+static void hand_frames_over(const struct kage_range *range)
+{
+	ok(kage_vm_unmap(a, 0, PAGES * PAGE));
+	ok(pthread_create(&thread, NULL, take_frames, NULL));
+	ok(pthread_join(thread, NULL));
+}
+
+/* Candidates were a's, and by the time it is their turn another tenant's: equal, candidates again, and out of reach. */
+START_TEST(frames_change_hands_meanwhile)
+{
+	ok(kage_vm_create(engine, KAGE_CFG(kage_vm_config, .merge_domain = 2), &other_tenant));
+	two_equal(PAGES, 0);
+	listen_to(b, hand_frames_over);
+	pass();
+	listen_no_more();
+	audit();
+	ck_assert_uint_gt(stats(NULL).ksm_pages_unshared, 0);
+	ck_assert_uint_eq(stats(b).pages_shared_merge, 0);
+	ck_assert_uint_eq(stats(other_tenant).pages_shared_merge, 0);
+	for (unsigned i = 0; i < 4; i++)
+		pass();
+	audit();
+	ck_assert_uint_eq(stats(NULL).frames_used, 2 * PAGES);
+	all_hold(b, PAGES, UINT64_MAX);
+	all_hold(other_tenant, PAGES, UINT64_MAX);
+	ok(kage_vm_destroy(other_tenant));
+}
+END_TEST
+
 /* A candidate that is pinned stands in nobody's way, and is a candidate again when it is not. */
 START_TEST(pinned_candidates_are_passed_over)
 {
@@ -788,6 +851,8 @@ int main(void)
 	tcase_add_test(races, unmapped_meanwhile);
 	tcase_add_test(races, unmergeable_meanwhile);
 	tcase_add_test(races, written_meanwhile);
+	tcase_add_test(races, candidate_written_meanwhile);
+	tcase_add_test(races, frames_change_hands_meanwhile);
 	tcase_add_test(races, destroyed_meanwhile);
 	tcase_add_loop_test(races, left_by_one_page_and_joined_by_another, 0, 2);
 	tcase_add_test(races, cloned_meanwhile);

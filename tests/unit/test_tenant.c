@@ -16,6 +16,7 @@
 #include "api/engine.h"
 #include "api/vm.h"
 #include "base/trace.h"
+#include "merge/run.h"
 #include "mm/fused.h"
 #include "mm/table.h"
 #include "mm/tenant.h"
@@ -177,10 +178,11 @@ START_TEST(zero_frames_run_out)
 }
 END_TEST
 
-/* A domain's salt depends on the engine's key and its number, and on both. */
+/* A domain's salt depends on the engine's key and its number, and on both, and so does what a page hashes to. */
 START_TEST(salts_are_a_domains_own)
 {
-	uint64_t salt[2][8];
+	static const char page[PAGE] = "the same in all of them";
+	uint64_t salt[2][8], hash[2][8];
 
 	for (unsigned e = 0; e < 2; e++) {
 		open_engine(5 + e, KAGE_BACKING_ANON);
@@ -189,13 +191,16 @@ START_TEST(salts_are_a_domains_own)
 
 			ck_assert_int_eq(tenant_get(&engine->host, d, &t), 0);
 			salt[e][d] = t->salt;
+			hash[e][d] = page_hash(t, page);
 			tenant_put(t);
 		}
 		ck_assert_int_eq(kage_engine_destroy(engine), 0);
 	}
 	for (unsigned i = 0; i < 16; i++)
-		for (unsigned j = 0; j < i; j++)
+		for (unsigned j = 0; j < i; j++) {
 			ck_assert_uint_ne(salt[i / 8][i % 8], salt[j / 8][j % 8]);
+			ck_assert_uint_ne(hash[i / 8][i % 8], hash[j / 8][j % 8]);
+		}
 	open_engine(5, KAGE_BACKING_ANON);
 	struct tenant *t;
 	ck_assert_int_eq(tenant_get(&engine->host, 3, &t), 0);
