@@ -6,7 +6,8 @@
  * merged. The try fails if the page is written before it comes to that, or in the pass
  * after: reading it was for nothing, or merging it has cost a COW break. (Not if nothing was left to do for that
  * pass: then nobody knows how long it took, and work is no burden.) After the k-th failure on end it is left alone for 2^(k-1) passes, at most `most`. A try
- * that lasts sets k back to 0. (KSM's smart scan skips at most 8 scans, and only counts how
+ * that lasts sets k back to 0. A page that cannot be merged because a clone that sees it too is not mergeable has failed as
+ * well: nobody says when that ends. (KSM's smart scan skips at most 8 scans, and only counts how
  * old a page is: https://docs.kernel.org/admin-guide/mm/ksm.html)
  *
  *   struct backoff   2 MiB with pages whose k is not 0: allocated at the first failure, freed after the last success

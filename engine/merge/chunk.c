@@ -359,7 +359,7 @@ int64_t chunk_batch(struct scanner *s, struct merge_chunk *c, uint64_t limit)
 		for (unsigned i = 0; i < GROUP_WORDS; i++) {
 			uint64_t *todo = &c->todo[w + i];
 
-			s->todo[i] = s->later[i] = s->hashed[i] = 0;
+			s->todo[i] = s->later[i] = s->refused[i] = s->hashed[i] = 0;
 			for (; *todo && spent + here < limit; *todo &= *todo - 1, here++)
 				s->todo[i] |= *todo & -*todo;
 		}
@@ -372,6 +372,9 @@ int64_t chunk_batch(struct scanner *s, struct merge_chunk *c, uint64_t limit)
 			c->later[w + i] |= s->later[i];
 			c->tried[w + i] &= ~s->later[i];
 			later += (unsigned)__builtin_popcountll(s->later[i]);
+			if (s->m->backoff)
+				backoff_failed(s->m->host->env, &c->backoff[w / GROUP_WORDS], i, s->refused[i],
+					       atomic_load(&s->m->passes), s->m->backoff);
 		}
 		add_relaxed(&s->m->waiting_pass, later);
 		if (later)

@@ -523,7 +523,7 @@ static void place_count(struct plan *pl, const struct side *s, const struct plac
 		if (!reg || gfn.v < reg->start.v || gfn.v >= reg->start.v + reg->npages)
 			reg = mm_region(at->mm, gfn);
 		if (!reg || !(reg->flags & KAGE_REGION_MERGEABLE))
-			page_drop(p, s->into ? RUN_DIFFERS : RUN_RACED);
+			page_drop(p, s->into ? RUN_DIFFERS : RUN_REFUSED);
 		p->slots += !at->again;
 		if (!s->into)
 			p->guests++;

@@ -109,7 +109,10 @@ static void page_result(struct scanner *s, unsigned at)
 	}
 	if (p->to == RUN_STABLE)
 		stable_put(s->m->host, p->stable);
-	if (!p->hashed && p->to != RUN_ZERO)
+	if (p->result == RUN_REFUSED) {
+		bit_set(s->refused, at);
+		page_later(s, at);
+	} else if (!p->hashed && p->to != RUN_ZERO)
 		page_once_more(s, at);
 	else if (p->to == RUN_FRESH && p->result == RUN_DIFFERS) {
 		candidates_drop(&s->m->candidates, p->hash, p->into); /* written since it was hashed */

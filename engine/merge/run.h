@@ -23,6 +23,7 @@ enum run_to {
 enum run_result {
 	RUN_RACED = 0, /* somebody was in the way */
 	RUN_DIFFERS,   /* the contents do */
+	RUN_REFUSED,   /* a guest that sees the page does not let its pages be merged */
 	RUN_MERGED,
 };
 
@@ -79,6 +80,7 @@ struct scanner {
 	gfn_t base;
 	uint64_t todo[GROUP_WORDS];   /* not looked at yet */
 	uint64_t later[GROUP_WORDS];  /* out: again in the next pass */
+	uint64_t refused[GROUP_WORDS]; /* out: of these, not so soon (backoff.h) */
 	uint64_t hashed[GROUP_WORDS]; /* their neighbours' partners are none of theirs */
 	uint64_t merged;
 	unsigned live; /* most pages of a change: guests wait for all of it */

@@ -179,6 +179,7 @@ struct kage_tune {
 	/**
 	 * Most passes for which a page is left alone that keeps changing, 1 to 100: after the k-th failure on end (it
 	 * was written before it had been quiet for a pass, or in the pass after it was looked at) it is left alone for 2^(k-1) passes, until a try lasts.
+	 * So is a page whose equal was found, but that another guest sees too, a clone, whose region is not mergeable.
 	 * 0: 64, with passes of ten seconds some eleven minutes (KSM's smart scan: 8 scans of 200 seconds).
 	 * Memory: 1,096 bytes for each 2 MiB with such a page.
 	 */

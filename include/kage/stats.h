@@ -81,7 +81,7 @@ struct kage_stats {
 	uint64_t references_noted; /**< that broken pages had, and the next step lets go of */
 
 	/* merging, continued */
-	uint64_t ksm_pages_backed_off;  /**< left alone by the last pass: they keep changing (KSM's smart scan: skipped) */
+	uint64_t ksm_pages_backed_off;  /**< left alone by the last pass: they keep changing, or a clone does not let them merge (KSM's smart scan: skipped) */
 	uint64_t ksm_chunk_visits;      /**< times that the state of 128 MiB was gone through, ever: none where nothing was written */
 	uint64_t ksm_cow_breaks;        /**< merged pages that got a frame of their own again, whatever for (vmstat: cow_ksm), ever */
 	uint64_t ksm_stable_chains;     /**< contents on more than one stable frame: max_sharing pages and more have them */

@@ -531,6 +531,30 @@ START_TEST(frames_change_hands_meanwhile)
 }
 END_TEST
 
+/* A clone does not let its pages be merged: a's are left alone for longer and longer, and merge once it has gone. */
+START_TEST(refused_by_a_clone)
+{
+	struct kage_vm *clone;
+	uint64_t before, passes = 0;
+
+	two_equal(PAGES, 0); /* looked at first: a */
+	ok(kage_vm_clone(b, NULL, &clone));
+	ok(kage_vm_advise(clone, 0, PAGES * PAGE, KAGE_ADVICE_UNMERGEABLE));
+	before = stats(NULL).ksm_pages_scanned;
+	for (unsigned i = 0; i < 64; i++)
+		ck_assert_uint_eq(pass().pages_merged, 0);
+	/* a once, b in the passes 1, 3, 6, 11, 20, 37 */
+	ck_assert_uint_le(stats(NULL).ksm_pages_scanned - before, 10 * PAGES);
+	ok(kage_vm_destroy(clone));
+	for (before = 0; before < PAGES && passes < 80; passes++)
+		before += pass().pages_merged;
+	ck_assert_uint_eq(before, PAGES);
+	audit();
+	all_hold(a, PAGES, UINT64_MAX);
+	all_hold(b, PAGES, UINT64_MAX);
+}
+END_TEST
+
 /* A candidate that is pinned stands in nobody's way, and is a candidate again when it is not. */
 START_TEST(pinned_candidates_are_passed_over)
 {
@@ -853,6 +877,7 @@ int main(void)
 	tcase_add_test(races, written_meanwhile);
 	tcase_add_test(races, candidate_written_meanwhile);
 	tcase_add_test(races, frames_change_hands_meanwhile);
+	tcase_add_test(races, refused_by_a_clone);
 	tcase_add_test(races, destroyed_meanwhile);
 	tcase_add_loop_test(races, left_by_one_page_and_joined_by_another, 0, 2);
 	tcase_add_test(races, cloned_meanwhile);
