@@ -54,6 +54,7 @@ struct fuse {
 	struct stable *stable;
 	bool fresh; /* `into` was drawn and `stable` made for it */
 	bool promised; /* room in the chain of `stable` */
+	unsigned notes; /* room to note so many entries (H6 of mm/fused.h) */
 	struct spot *spot;
 	unsigned count, room;
 	struct table_locked lock;
@@ -129,13 +130,25 @@ static int spots_find(struct fuse *f)
 
 /* -- the change -------------------------------------------------------------------- */
 
+static int notes_have(struct fuse *f)
+{
+	unsigned n = 0;
+	int r;
+
+	for (unsigned i = 0; i < f->count; i++)
+		n += !f->spot[i].again;
+	r = notes_promise(f->tenant->reserve, n);
+	f->notes = r ? 0 : n;
+	return r;
+}
+
 static int fuse_prepare(struct change *c)
 {
 	struct fuse *f = container_of(c, struct fuse, c);
 	int r = spots_find(f);
 
-	if (r == 0 && f->count == 0)
-		r = -EAGAIN;
+	if (r == 0)
+		r = f->count ? notes_have(f) : -EAGAIN;
 	if (r)
 		return r;
 	if (f->stable) {
@@ -263,6 +276,8 @@ static void fuse_cancel(struct change *c)
 {
 	struct fuse *f = container_of(c, struct fuse, c);
 
+	if (f->notes)
+		notes_give_up(f->tenant->reserve, f->notes);
 	if (f->promised)
 		stable_give_up(f->h, f->stable);
 	if (!f->fresh)
@@ -324,8 +339,8 @@ static bool fuse_page(struct scanner *s, const struct look *l)
 	gfn_t gfn = gfn_add(s->base, l->at);
 	int r;
 
-	if (!reserve_full(s->mm->family->tenant->reserve))
-		return false; /* upkeep has told the log */
+	if (!reserve_ready(s->mm->family->tenant->reserve))
+		return false; /* upkeep has told the log, or goes on in the next step */
 	r = fuse_with_equal(s, gfn, l);
 	if (r == -EILSEQ)
 		r = fuse(s->mm, gfn, l->pfn, NULL);

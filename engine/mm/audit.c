@@ -18,10 +18,10 @@
 #include "mm/stable.h"
 #include "mm/table.h"
 
-enum tally_what { TALLY_FRAME = 1, TALLY_BLOCK = 2, TALLY_GIANT = 3, TALLY_TABLE = 4, TALLY_NOTED = 5 };
+enum tally_what { TALLY_FRAME = 1, TALLY_BLOCK = 2, TALLY_GIANT = 3, TALLY_TABLE = 4, TALLY_NOTED = 5, TALLY_FUSED = 6 };
 
 struct tally {
-	uint64_t key; /* pfn << 3 | what; 0: empty */
+	uint64_t key; /* pfn (FUSED: domain) << 3 | what; 0: empty */
 	uint64_t count;
 };
 
@@ -31,6 +31,7 @@ struct census {
 	struct tally *slot;
 	uint64_t room, used; /* room: power of two */
 	uint64_t tables, frames;
+	uint32_t domain; /* of the tables that are counted */
 	int err;
 };
 
@@ -107,6 +108,8 @@ static void count_table(struct census *cs, pfn_t table, unsigned level)
 			count_table(cs, entry_pfn(e), level - 1);
 		else if (entry_is_leaf(e) && !(e & ENTRY_SPECIAL))
 			tally(cs, entry_pfn(e), level == 0 ? TALLY_FRAME : level == 1 ? TALLY_BLOCK : TALLY_GIANT);
+		if (entry_is_fused(e))
+			tally(cs, PFN(cs->domain), TALLY_FUSED);
 	}
 }
 
@@ -114,6 +117,7 @@ static int count_mm(struct mm *mm, void *arg)
 {
 	struct census *cs = arg;
 
+	cs->domain = mm->domain;
 	count_table(cs, entry_pfn(mm->root), root_level(mm->root));
 	return cs->err;
 }
@@ -171,6 +175,8 @@ static void check_tally(struct census *cs, const struct tally *t)
 		CHECK(cs, frame_kind(f) == FRAME_STABLE, "frame %#lx kind %d: noted as fused", (long)pfn.v, frame_kind(f));
 		CHECK(cs, refs == t->count + tally_read(cs, pfn, TALLY_FRAME), "frame %#lx: refs %lu, noted %lu", (long)pfn.v,
 		      (long)refs, (long)t->count);
+		break;
+	case TALLY_FUSED: /* its domain's reserve has been compared */
 		break;
 	}
 }
@@ -298,14 +304,31 @@ static void check_stable(struct stable *s, void *arg)
 	CHECK(cs, !s->full || next->full || next->at, "stable %#lx: full, and before one with room", (long)s->pfn.v); /* S4 */
 }
 
-/* H5, and what is noted. */
+/* H6, and what is noted. */
+static void count_notes(struct census *cs, const struct reserve *r)
+{
+	uint64_t fused = tally_read(cs, PFN(r->tenant->id), TALLY_FUSED), left = r->noted;
+
+	CHECK(cs, r->owed == fused + r->noted && r->owed <= r->room,
+	      "domain %u: %lu fused entries, %lu references noted, %lu accounted for, room for %lu", r->tenant->id, (long)fused,
+	      (long)r->noted, (long)r->owed, (long)r->room);
+	for (const struct notes *page = r->note; page; page = page->next) {
+		unsigned n = left % NOTES_PAGE ? left % NOTES_PAGE : NOTES_PAGE;
+
+		for (unsigned i = 0; i < n; i++)
+			tally(cs, PFN(page->pfn[i]), TALLY_NOTED);
+		left -= n;
+	}
+	CHECK(cs, left == 0, "domain %u: %lu references noted, %lu are not there", r->tenant->id, (long)r->noted, (long)left);
+}
+
+/* H5 */
 static void count_reserve(struct tenant *t, void *arg)
 {
 	struct census *cs = arg;
 	struct reserve *r = t->reserve;
 
-	for (uint32_t i = 0; i < r->noted; i++)
-		tally(cs, r->note[i], TALLY_NOTED);
+	count_notes(cs, r);
 	for (uint32_t i = 0; i < r->count; i++) {
 		const struct frame *f = pfn_frame(cs->h->pool, r->frame[i]);
 

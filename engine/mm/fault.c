@@ -105,9 +105,9 @@ static void cow_commit(struct change *c)
 
 	w->merged = entry_merged(h->pool, w->old);
 	entry_store(w->slot, entry_leaf(w->copy, ENTRY_W));
-	if (entry_is_fused(w->old) && fused_gone(w->target.mm->family->tenant, entry_pfn(w->old)))
-		return;
-	if (!(w->old & ENTRY_SPECIAL))
+	if (entry_is_fused(w->old))
+		fused_gone(w->target.mm->family->tenant, entry_pfn(w->old));
+	else if (!(w->old & ENTRY_SPECIAL))
 		frame_drop(h, entry_pfn(w->old), &c->dead);
 }
 

@@ -8,6 +8,10 @@
  *
  * Why references are noted and not just deferred frees: to know that a frame is free one has
  * to look at its count, and then a page that was merged takes another path than one that was not.
+ *
+ * Why there is always room to note one more (H6), instead of so many and then letting go of them: that takes
+ * three times as long if all those frames are free as if none is, and whoever comes last can time it. Room that is
+ * made when an entry is fused depends on nothing that the entry's guest can find out by accessing it.
  */
 #include "base/cache.h"
 #include "mm/fused.h"
@@ -28,40 +32,124 @@ struct reserve *reserve_make(struct tenant *t, uint32_t want)
 	r->tenant = t;
 	r->want = want;
 	r->frame = env_alloc(env, want * sizeof(*r->frame));
-	r->note = env_alloc(env, NOTED_MAX * sizeof(*r->note));
-	if (r->frame && r->note)
+	if (r->frame)
 		return r;
 	reserve_free(r);
 	return NULL;
 }
 
-/* The last up to BATCH of a list that has `*count`, taken off it. */
-static unsigned take_some(struct reserve *r, const pfn_t *list, _Atomic uint32_t *count, pfn_t out[BATCH])
+/* -- notes -------------------------------------------------------------------------- */
+
+int notes_promise(struct reserve *r, unsigned n)
 {
-	uint32_t all, n;
+	struct env *env = r->tenant->host->env;
+	struct notes *page = NULL;
+	bool done;
+
+	for (;;) {
+		lock_take(&r->lock);
+		if (page) {
+			page->next = r->spare;
+			r->spare = page;
+			WRITE_ONCE(r->room, r->room + NOTES_PAGE);
+		}
+		done = r->owed + n <= r->room;
+		if (done)
+			r->owed += n;
+		lock_drop(&r->lock);
+		if (done)
+			return 0;
+		page = env_alloc(env, sizeof(*page));
+		if (!page)
+			return -ENOMEM;
+	}
+}
+
+void notes_give_up(struct reserve *r, unsigned n)
+{
+	lock_take(&r->lock);
+	kage_assert(r->owed >= n);
+	r->owed -= n;
+	lock_drop(&r->lock);
+}
+
+/* The last ones, up to BATCH: they are owed no more. */
+static unsigned notes_take(struct reserve *r, pfn_t out[BATCH])
+{
+	uint64_t noted;
+	unsigned end, n = 0;
 
 	lock_take(&r->lock);
-	all = READ_ONCE(*count);
-	n = MIN(all, (uint32_t)BATCH);
-	memcpy(out, list + all - n, n * sizeof(*out));
-	WRITE_ONCE(*count, all - n);
+	noted = READ_ONCE(r->noted);
+	if (noted) {
+		struct notes *page = r->note;
+
+		end = (unsigned)((noted - 1) % NOTES_PAGE) + 1;
+		n = MIN(end, BATCH);
+		for (unsigned i = 0; i < n; i++)
+			out[i] = PFN(page->pfn[end - n + i]);
+		if (n == end) {
+			r->note = page->next;
+			page->next = r->spare;
+			r->spare = page;
+		}
+		r->owed -= n;
+		WRITE_ONCE(r->noted, noted - n);
+	}
 	lock_drop(&r->lock);
 	return n;
 }
 
-uint64_t reserve_settle(struct reserve *r)
+/* Gives back all pages beyond those that are needed, and `keep`. */
+static void notes_trim(struct reserve *r, unsigned keep)
+{
+	struct notes *page;
+
+	do {
+		page = NULL;
+		lock_take(&r->lock);
+		if (r->room - r->owed >= (keep + 1) * (uint64_t)NOTES_PAGE) {
+			page = r->spare;
+			r->spare = page->next;
+			WRITE_ONCE(r->room, r->room - NOTES_PAGE);
+		}
+		lock_drop(&r->lock);
+		env_free(r->tenant->host->env, page, sizeof(*page));
+	} while (page);
+}
+
+/* Lets go of what is noted, `*done` references. True: not of all, because it is `until`. */
+static bool notes_settle(struct reserve *r, uint64_t until, uint64_t *done)
 {
 	struct host *h = r->tenant->host;
 	pfn_t gone[BATCH];
-	uint64_t done = 0;
 	unsigned n;
 
-	while ((n = take_some(r, r->note, &r->noted, gone)) != 0) {
+	*done = 0;
+	while ((n = notes_take(r, gone)) != 0) {
 		for (unsigned i = 0; i < n; i++)
 			stable_put(h, frame_stable(h->pool, gone[i]));
-		done += n;
+		*done += n;
+		if (until && env_now(h->env, KAGE_CLOCK_WALL) >= until)
+			return READ_ONCE(r->noted) != 0;
 	}
-	return done;
+	return false;
+}
+
+/* -- frames -------------------------------------------------------------------------- */
+
+/* The last ones, up to BATCH. */
+static unsigned take_some(struct reserve *r, pfn_t out[BATCH])
+{
+	uint32_t all, n;
+
+	lock_take(&r->lock);
+	all = READ_ONCE(r->count);
+	n = MIN(all, (uint32_t)BATCH);
+	memcpy(out, r->frame + all - n, n * sizeof(*out));
+	WRITE_ONCE(r->count, all - n);
+	lock_drop(&r->lock);
+	return n;
 }
 
 static void reserve_empty(struct reserve *r)
@@ -69,7 +157,7 @@ static void reserve_empty(struct reserve *r)
 	pfn_t some[BATCH];
 	unsigned n;
 
-	while ((n = take_some(r, r->frame, &r->count, some)) != 0)
+	while ((n = take_some(r, some)) != 0)
 		for (unsigned i = 0; i < n; i++)
 			arena_free(r->tenant->host->pool, some[i]);
 }
@@ -77,16 +165,17 @@ static void reserve_empty(struct reserve *r)
 void reserve_free(struct reserve *r)
 {
 	struct env *env;
+	uint64_t done;
 
 	if (!r)
 		return;
 	env = r->tenant->host->env;
-	if (r->note)
-		reserve_settle(r);
+	notes_settle(r, 0, &done);
+	kage_assert(r->owed == 0);
+	notes_trim(r, 0);
 	if (r->frame)
 		reserve_empty(r);
 	env_free(env, r->frame, r->want * sizeof(*r->frame));
-	env_free(env, r->note, NOTED_MAX * sizeof(*r->note));
 	env_free(env, r, sizeof(*r));
 }
 
@@ -141,12 +230,21 @@ static bool reserve_fill(struct reserve *r, uint64_t until)
 
 bool reserve_upkeep(struct reserve *r, uint64_t until)
 {
-	reserve_settle(r);
+	uint64_t done;
+	bool late = notes_settle(r, until, &done);
+
+	WRITE_ONCE(r->late, late);
+	notes_trim(r, 1);
 	if (READ_ONCE(r->tenant->families))
-		return reserve_fill(r, until);
+		return late || reserve_fill(r, until);
 	reserve_empty(r);
 	WRITE_ONCE(r->used, false);
-	return false;
+	return late;
+}
+
+uint64_t reserve_bytes(const struct reserve *r)
+{
+	return sizeof(*r) + r->want * sizeof(*r->frame) + READ_ONCE(r->room) / NOTES_PAGE * sizeof(struct notes);
 }
 
 int reserve_draw(struct reserve *r, bool must, pfn_t *out)
@@ -182,11 +280,8 @@ int fused_frame(struct mm *mm, gfn_t gfn, pfn_t *out)
 	struct frame *f;
 	int err;
 
-	if (READ_ONCE(r->noted) >= NOTED_MAX / 2) {
+	if (READ_ONCE(r->noted) >= NOTED_DUE)
 		env_due(mm->host->env);
-		if (READ_ONCE(r->noted) >= NOTED_MAX - NOTED_MAX / 8)
-			reserve_settle(r);
-	}
 	err = reserve_draw(r, true, out);
 	if (err)
 		return err;
@@ -197,21 +292,23 @@ int fused_frame(struct mm *mm, gfn_t gfn, pfn_t *out)
 	return 0;
 }
 
-bool fused_gone(struct tenant *t, pfn_t pfn)
+void fused_gone(struct tenant *t, pfn_t pfn)
 {
 	struct reserve *r = t->reserve;
-	uint32_t n;
-	bool room;
+	struct notes *page;
+	uint64_t n;
 
 	lock_take(&r->lock);
 	n = READ_ONCE(r->noted);
-	room = n < NOTED_MAX;
-	if (room) {
-		r->note[n] = pfn;
-		WRITE_ONCE(r->noted, n + 1);
+	if (n % NOTES_PAGE == 0) {
+		page = r->spare; /* H6 */
+		r->spare = page->next;
+		page->next = r->note;
+		r->note = page;
 	}
+	r->note->pfn[n % NOTES_PAGE] = (uint32_t)pfn.v;
+	WRITE_ONCE(r->noted, n + 1);
 	lock_drop(&r->lock);
-	return room;
 }
 
 void fused_was_read(const struct pool *pool, pfn_t pfn)
@@ -222,6 +319,9 @@ void fused_was_read(const struct pool *pool, pfn_t pfn)
 uint64_t mm_reap(struct mm *mm)
 {
 	struct reserve *r = mm->family->tenant->reserve;
+	uint64_t done = 0;
 
-	return (r ? reserve_settle(r) : 0) + pool_reap(mm->host->pool);
+	if (r)
+		notes_settle(r, 0, &done);
+	return done + pool_reap(mm->host->pool);
 }

@@ -25,9 +25,13 @@
  *      with it to nobody.
  *  H3  what a fault does to a fused entry depends on nothing but the entry and the contents it copies:
  *      not on the frame's metadata (references, chain), which it does not even read, nor on whether
- *      the frame is in a cache: whoever has read one flushes it.
+ *      the frame is in a cache: whoever has read one flushes it. And while there is memory no fault lets go of what
+ *      others, or itself, have noted, however much that is: it would take as long as there are frames among it that nobody
+ *      else has.
  *  H4  refs of a stable frame == entries that map it + references noted here.
  *  H5  a frame of the reserve is of the domain's arena, FRAME_RESERVED, and in one place.
+ *  H6  there is room to note the reference of every fused entry: who makes one, or copies it, has been promised the
+ *      room before. So nobody is ever without room when an entry goes, and nothing is allocated then.
  *
  * Locks: reserve->lock, inside of table locks; nothing is taken inside of it.
  */
@@ -41,7 +45,15 @@
 #define RESERVE_FRAMES_MAX (1u << 20)
 /* As VUsion's: a frame that was given back is the one handed out next in one of 32,768 cases. 128 MiB. */
 #define RESERVE_FRAMES_DEFAULT (1u << 15)
-#define NOTED_MAX 16384u
+#define NOTED_DUE 8192u /* from here on a step is asked for */
+#define NOTES_PAGE 1022u
+
+/* References to let go of: a stack of pages, all full but for the first. */
+struct notes {
+	struct notes *next;
+	uint32_t pfn[NOTES_PAGE]; /* of an arena: below 2^32 */
+};
+_Static_assert(sizeof(struct notes) == 4096, "four bytes for each fused entry");
 
 /* Frames to draw from, and references to let go of, of one hardened tenant. */
 struct reserve {
@@ -53,8 +65,11 @@ struct reserve {
 	bool told;      /* the log has heard that it is not full */
 	bool used;      /* it has been full: pages are fused, and their breaks draw on it. Until then it holds all or nothing */
 	pfn_t *frame;   /* room for `want` */
-	_Atomic uint32_t noted;
-	pfn_t *note;    /* NOTED_MAX */
+	bool late;      /* the last upkeep has not let go of everything: fusing waits, or ever more frames would */
+	_Atomic uint64_t noted;
+	uint64_t owed;  /* fused entries, what is noted, what is promised: H6, never more than `room` */
+	uint64_t room;  /* of all pages */
+	struct notes *note, *spare;
 };
 
 /* NULL: no memory. */
@@ -65,12 +80,21 @@ void reserve_free(struct reserve *r);
  * engine's clock, 0: whenever. True: it is not full for lack of time.
  */
 bool reserve_upkeep(struct reserve *r, uint64_t until);
-/* Lets go of what is noted. Returns how many references. No table lock held. */
-uint64_t reserve_settle(struct reserve *r);
+/* Bytes of its lists. */
+uint64_t reserve_bytes(const struct reserve *r);
 static inline bool reserve_full(const struct reserve *r)
 {
 	return atomic_load_explicit(&r->count, memory_order_relaxed) >= r->want;
 }
+/* Pages may be fused. */
+static inline bool reserve_ready(const struct reserve *r)
+{
+	return reserve_full(r) && !READ_ONCE(r->late);
+}
+
+/* Room for the references of n more fused entries (H6), which are made, or given up. No table lock held. -ENOMEM. */
+int notes_promise(struct reserve *r, unsigned n);
+void notes_give_up(struct reserve *r, unsigned n);
 
 /*
  * A random frame of the reserve, which gets another one in its place. `must`: if none is to
@@ -79,12 +103,12 @@ static inline bool reserve_full(const struct reserve *r)
 int reserve_draw(struct reserve *r, bool must, pfn_t *out);
 /* The same for a page of the mm, private to it: layer_frame() for whoever breaks a fused entry. */
 int fused_frame(struct mm *mm, gfn_t gfn, pfn_t *out);
-/* A fused entry is gone: its reference goes later. False: there is no room to note it; let go of it now. */
-bool fused_gone(struct tenant *t, pfn_t pfn);
+/* A fused entry is gone: its reference goes later. */
+void fused_gone(struct tenant *t, pfn_t pfn);
 /* A stable frame of a hardened tenant has been read. */
 void fused_was_read(const struct pool *pool, pfn_t pfn);
 
-/* What waits for a step, given back now: for who is short of frames. */
+/* What waits for a step, given back now: for who is short of frames. No table lock held. */
 uint64_t mm_reap(struct mm *mm);
 
 #endif

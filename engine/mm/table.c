@@ -229,9 +229,9 @@ static void leaf_drop(struct family *f, entry_t e, unsigned level, gfn_t gfn, st
 
 	if (e & ENTRY_SPECIAL)
 		return;
-	if (entry_is_fused(e) && fused_gone(f->tenant, pfn))
-		return;
-	if (level == 0) {
+	if (entry_is_fused(e)) {
+		fused_gone(f->tenant, pfn);
+	} else if (level == 0) {
 		frame_drop(f->host, pfn, dead);
 	} else if (level == 1) {
 		block_drop(f, pfn, gfn, dead);
@@ -278,19 +278,56 @@ static void table_take_over(struct mm *mm, pfn_t table, unsigned level, gfn_t gf
 	table_unlock(w);
 }
 
+/* What a leaf table of the guest may map as fused is noted there when it goes (H6 of mm/fused.h). NULL: nothing is. */
+static struct reserve *table_reserve(const struct mm *mm, unsigned level)
+{
+	return level == 0 ? mm->family->tenant->reserve : NULL;
+}
+
+/* A frame for the copy of a table, and room to note all that it may map. -ENOMEM. */
+static int copy_begin(struct mm *mm, unsigned level, pfn_t *copy)
+{
+	struct reserve *notes = table_reserve(mm, level);
+	int r = notes ? notes_promise(notes, LEVEL_ENTRIES) : 0;
+
+	if (r)
+		return r;
+	r = arena_alloc(mm->host->pool, mm->domain, 0, FRAME_TABLE, 0, copy);
+	if (r == 0)
+		atomic_store_explicit(&pfn_frame(mm->host->pool, *copy)->where, level, memory_order_relaxed);
+	else if (notes)
+		notes_give_up(notes, LEVEL_ENTRIES);
+	return r;
+}
+
+/* Nobody needs the frame. */
+static void copy_cancel(struct mm *mm, unsigned level, pfn_t copy)
+{
+	struct reserve *notes = table_reserve(mm, level);
+
+	if (notes)
+		notes_give_up(notes, LEVEL_ENTRIES);
+	arena_free(mm->host->pool, copy);
+}
+
 static void table_copy(struct mm *mm, pfn_t to, pfn_t from, unsigned level, gfn_t gfn)
 {
 	struct host *h = mm->host;
 	entry_t *src = table_entries(h->pool, from), *dst = table_entries(h->pool, to);
+	struct reserve *notes = table_reserve(mm, level);
 	struct table_locked w = table_lock(mm->family, level, gfn);
+	unsigned fused = 0;
 
 	for (unsigned i = 0; i < LEVEL_ENTRIES; i++) {
 		entry_t e = READ_ONCE(src[i]) & ~ENTRY_W;
 
 		dst[i] = e;
+		fused += entry_is_fused(e);
 		if (!entry_is_none(e))
 			child_take(h, e, level);
 	}
+	if (notes)
+		notes_give_up(notes, LEVEL_ENTRIES - fused);
 	table_unlock(w);
 }
 
@@ -305,10 +342,9 @@ static int table_unshare(struct mm *mm, entry_t *slot, unsigned level, gfn_t gfn
 
 	e = entry_load(slot);
 	if (entry_is_table(e) && refs_read(pfn_frame(pool, entry_pfn(e))) > 1) {
-		r = arena_alloc(pool, mm->domain, 0, FRAME_TABLE, 0, &copy);
+		r = copy_begin(mm, level - 1, &copy);
 		if (r)
 			return r;
-		atomic_store_explicit(&pfn_frame(pool, copy)->where, level - 1, memory_order_relaxed);
 	}
 	w = slot_lock(mm, slot, level, gfn);
 	e = entry_load(slot);
@@ -330,7 +366,7 @@ static int table_unshare(struct mm *mm, entry_t *slot, unsigned level, gfn_t gfn
 		trace(mm->host->env, unshare, mm->id, gfn.v, level - 1);
 	}
 	if (!pfn_is_none(copy))
-		arena_free(pool, copy);
+		copy_cancel(mm, level - 1, copy);
 	return 0;
 }
 

@@ -255,6 +255,7 @@ static void add_reserve(struct tenant *t, void *arg)
 
 	out->frames_reserve += READ_ONCE(t->reserve->count);
 	out->references_noted += READ_ONCE(t->reserve->noted);
+	out->ksm_bytes += reserve_bytes(t->reserve);
 }
 
 void obs_engine(struct host *h, struct merge *m, bool walk, struct kage_stats *out)

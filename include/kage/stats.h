@@ -86,7 +86,7 @@ struct kage_stats {
 	uint64_t ksm_cow_breaks;        /**< merged pages that got a frame of their own again, whatever for (vmstat: cow_ksm), ever */
 	uint64_t ksm_stable_chains;     /**< contents on more than one stable frame: max_sharing pages and more have them */
 	uint64_t ksm_stable_dups;       /**< stable frames of such contents */
-	uint64_t ksm_bytes;             /**< what merging remembers: records of frames, candidates, state of guests' pages, their logs */
+	uint64_t ksm_bytes;             /**< what merging remembers: records of frames, candidates, state of guests' pages, their logs, lists of hardened domains */
 };
 
 /**

@@ -734,30 +734,138 @@ START_TEST(hardened_without_an_object)
 }
 END_TEST
 
-/* More references than there is room to note: nothing is lost. */
-START_TEST(hardened_notes_run_over)
+#define MANY (3u * 8192u)
+
+static uint64_t fused_pages(struct kage_vm *vm, uint64_t pages)
 {
-	uint64_t pages = NOTED_MAX + NOTED_MAX / 2;
+	uint64_t n = 0;
+
+	for (uint64_t i = 0; i < pages; i++)
+		n += fused(vm, i);
+	return n;
+}
+
+/* `pages` pages of the guest, half of which have their like in it; fused. */
+static struct kage_vm *guest_fused(uint64_t pages)
+{
+	struct kage_vm *vm;
+
+	ck_assert_int_eq(kage_vm_create(engine, KAGE_CFG(kage_vm_config, .merge_domain = HARD), &vm), 0);
+	ck_assert_int_eq(kage_vm_map(vm, KAGE_CFG(kage_region, .len = pages * PAGE, .flags = KAGE_REGION_MERGEABLE)), 0);
+	for (uint64_t i = 0; i < pages; i++)
+		put(vm, i, 1 + (i % 4 == 1 ? i - 1 : i));
+	merge();
+	ck_assert_uint_eq(fused_pages(vm, pages), pages);
+	return vm;
+}
+
+/*
+ * However much is noted, no access and no discard lets go of any of it (H3): nothing dies and nothing is given back before
+ * the step, and the last access takes the steps of the first, whether its page has its like or not.
+ */
+START_TEST(hardened_notes_wait_for_a_step)
+{
+	struct steps first[2], last[2];
+	struct kage_stats s;
 	struct kage_vm *a;
+	struct kage_vcpu *v;
+	uint64_t stable;
 
 	harden(FRAMES);
-	ck_assert_int_eq(kage_vm_create(engine, KAGE_CFG(kage_vm_config, .merge_domain = HARD), &a), 0);
-	ck_assert_int_eq(kage_vm_map(a, KAGE_CFG(kage_region, .len = pages * PAGE, .flags = KAGE_REGION_MERGEABLE)), 0);
-	for (uint64_t i = 0; i < pages; i++)
-		put(a, i, 1 + i / 2);
-	merge();
-	ck_assert_uint_eq(stats(a).pages_shared_merge, pages);
-	ck_assert_int_eq(kage_vm_advise(a, 0, (pages - 64) * PAGE, KAGE_ADVICE_DISCARD), 0);
-	ck_assert_uint_eq(stats(NULL).references_noted, NOTED_MAX);
+	a = guest_fused(MANY);
+	v = vcpu(a);
+	stable = atomic_load(&engine->host.stable_frames);
+	ck_assert_uint_eq(stable, MANY - MANY / 4);
+	load(v, 4);
+	for (unsigned i = 0; i < 2; i++)
+		first[i] = steps_of(a, v, 8 + i * 2, false); /* 8 has its like */
+	for (unsigned i = 16; i < MANY - 64; i++) {
+		ck_assert_uint_eq(load(v, i), 1 + (i % 4 == 1 ? i - 1 : i));
+		ck_assert_uint_eq(atomic_load(&engine->host.stable_frames), stable);
+		ck_assert_uint_eq(pool_pending(engine->pool), 0);
+	}
+	for (unsigned i = 0; i < 2; i++) {
+		last[i] = steps_of(a, v, MANY - 32 + i * 2, false);
+		ck_assert_uint_eq(last[i].n, first[i].n);
+		ck_assert_mem_eq(last[i].event, first[i].event, sizeof(first[i].event));
+		ck_assert_mem_eq(last[i].c, first[i].c, sizeof(first[i].c));
+		ck_assert_uint_eq(last[i].d.references_noted, 1);
+	}
+	ck_assert_int_eq(kage_vm_advise(a, 0, 16 * PAGE, KAGE_ADVICE_DISCARD), 0);
+	ck_assert_int_eq(kage_vm_unmap(a, (MANY - 64) * PAGE, 64 * PAGE), 0);
+	s = stats(NULL);
+	ck_assert_uint_eq(s.references_noted, MANY);
+	ck_assert_uint_eq(atomic_load(&engine->host.stable_frames), stable);
 	audit();
-	for (uint64_t i = pages - 64; i < pages; i++) {
-		uint64_t word;
+	kage_vcpu_destroy(v);
+	kage_vm_destroy(a);
+	ck_assert_int_eq(kage_engine_step(engine, NULL, NULL), 0);
+	ck_assert_uint_eq(stats(NULL).references_noted, 0);
+	ck_assert_uint_eq(atomic_load(&engine->host.stable_frames), 0);
+	ck_assert_uint_lt(stats(NULL).ksm_bytes + MANY * 4 - 4 * sizeof(struct notes), s.ksm_bytes); /* nor is the room kept */
+}
+END_TEST
 
+static uint64_t slow_now(void *opaque, enum kage_clock_id id)
+{
+	static _Atomic uint64_t now;
+
+	return atomic_fetch_add(&now, 1000000);
+}
+
+/* A step with a budget lets go of as much as it has time for. Until all is gone nothing is fused: memory comes to an end. */
+START_TEST(hardened_notes_in_pieces)
+{
+	struct kage_vm *a;
+	uint64_t word, noted, before = MANY;
+	unsigned steps = 0;
+
+	ck_assert_int_eq(kage_engine_create(KAGE_CFG(kage_engine_config, .clock = { .now = slow_now }), &engine), 0);
+	ck_assert_int_eq(kage_engine_tune(engine, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE)), 0);
+	harden(FRAMES);
+	a = guest_fused(MANY);
+	for (unsigned i = 0; i < MANY; i++)
 		ck_assert_int_eq(kage_vm_read(a, i * PAGE, &word, 8), 0);
-		ck_assert_uint_eq(word, 1 + i / 2);
+	ck_assert_uint_eq(fused_pages(a, MANY), 0);
+	for (; (noted = stats(NULL).references_noted) != 0; steps++) {
+		ck_assert(steps == 0 || noted < before);
+		ck_assert_uint_eq(fused_pages(a, MANY), 0);
+		ck_assert_int_eq(kage_engine_step(engine, KAGE_CFG(kage_budget, .pages = 512), NULL), 0);
+		before = noted;
+		audit();
+	}
+	ck_assert_uint_gt(steps, 2);
+	merge();
+	ck_assert_uint_eq(fused_pages(a, MANY), MANY);
+	kage_vm_destroy(a);
+	ck_assert_int_eq(kage_engine_destroy(engine), 0);
+}
+END_TEST
+
+/* What a clone's tables map is owed as well, from when they become its own. */
+START_TEST(hardened_notes_of_clones)
+{
+	struct kage_vm *vm[2];
+	uint64_t word;
+
+	harden(FRAMES);
+	vm[0] = guest_fused(4 * 512);
+	ck_assert_int_eq(kage_vm_clone(vm[0], NULL, &vm[1]), 0);
+	for (unsigned g = 0; g < 2; g++) {
+		for (unsigned i = 0; i < 4 * 512; i += 512 / (1 + g))
+			ck_assert_int_eq(kage_vm_read(vm[g], i * PAGE, &word, 8), 0);
+		audit();
+	}
+	ck_assert_uint_gt(reserve(vm[0])->owed, 4 * 512);
+	ck_assert_int_eq(kage_vm_destroy(vm[0]), 0);
+	audit();
+	ck_assert_uint_eq(stats(NULL).references_noted, 4 * 512 + 8);
+	for (unsigned i = 0; i < 4 * 512; i++) {
+		ck_assert_int_eq(kage_vm_read(vm[1], i * PAGE, &word, 8), 0);
+		ck_assert_uint_eq(word, 1 + (i % 4 == 1 ? i - 1 : i));
 	}
 	audit();
-	kage_vm_destroy(a);
+	kage_vm_destroy(vm[1]);
 }
 END_TEST
 
@@ -889,7 +997,8 @@ int main(void)
 		tcase_add_test(tc, hardened_splits_blocks_alike);
 		tcase_add_test(tc, hardened_and_the_vmm);
 		tcase_add_test(tc, hardened_clones);
-		tcase_add_test(tc, hardened_notes_run_over);
+		tcase_add_test(tc, hardened_notes_wait_for_a_step);
+		tcase_add_test(tc, hardened_notes_of_clones);
 		tcase_add_test(tc, hardened_sharing_is_limited);
 		tcase_add_loop_test(tc, hardened_pins_that_are_over, 0, 2);
 		suite_add_tcase(s, tc);
@@ -897,6 +1006,7 @@ int main(void)
 	tcase_add_test(bare, salts_are_a_domains_own);
 	tcase_add_test(bare, hardened_without_memory);
 	tcase_add_test(bare, hardened_without_an_object);
+	tcase_add_test(bare, hardened_notes_in_pieces);
 	suite_add_tcase(s, bare);
 	sr = srunner_create(s);
 	srunner_set_fork_status(sr, CK_NOFORK);
