@@ -46,6 +46,12 @@ static void vm_free(struct kage_vm *vm)
 	env_free(&e->env, vm, sizeof(*vm));
 }
 
+static void vm_begin(struct kage_vm *vm, struct kage_vm **out)
+{
+	merge_enter(&vm->engine->merge, &vm->mm);
+	*out = vm;
+}
+
 static int vm_create(struct kage_engine *e, const struct kage_vm_config *config, struct kage_vm **out)
 {
 	struct kage_vm_config c;
@@ -61,7 +67,7 @@ static int vm_create(struct kage_engine *e, const struct kage_vm_config *config,
 	if (r)
 		vm_free(vm);
 	else
-		*out = vm;
+		vm_begin(vm, out);
 	return r;
 }
 
@@ -87,7 +93,7 @@ static int vm_clone(struct kage_vm *parent, const struct kage_vm_config *config,
 	if (r)
 		vm_free(vm);
 	else
-		*out = vm;
+		vm_begin(vm, out);
 	return r;
 }
 
@@ -105,7 +111,7 @@ static int vm_destroy(struct kage_vm *vm)
 	merge_forget(&vm->engine->merge, &vm->mm);
 	r = mm_destroy(&vm->mm);
 	if (r)
-		vm->mm.leaving = false;
+		merge_enter(&vm->engine->merge, &vm->mm);
 	else
 		vm_free(vm);
 	return r;

@@ -103,6 +103,7 @@ struct merge_chunk {
 
 struct merge_mm {
 	struct mm *mm;
+	struct list node; /* in merge->left while `open` is not 0; merge->lock */
 	struct dirty_log *log;
 	/* by index; merge->lock */
 	struct merge_chunk **chunk;
@@ -138,7 +139,10 @@ struct merge {
 	uint64_t salt;
 	struct candidates candidates;
 	struct lock mirrors; /* changes that involve a mirror are made one at a time */
+	struct list guests; /* all of them, in the order in which they came */
+	struct list left;   /* those with chunks that a step has left open */
 	/* where the pass is */
+	struct list *past; /* the last guest that it has left behind; &guests: none yet */
 	uint64_t mm_id;  /* guest being scanned, 0: a pass begins */
 	uint64_t chunk;  /* next chunk of it */
 	unsigned taken;  /* chunks that scanners are at */
@@ -174,7 +178,9 @@ uint64_t merge_urgent(struct merge *m, bool *ready);
 /* Bytes of what is remembered of a guest, its dirty log included; of all guests, candidates and hints. No lock held. */
 uint64_t merge_mm_bytes(struct merge *m, struct mm *mm);
 uint64_t merge_bytes(struct merge *m);
-/* The guest is about to be destroyed: steps pass it over from now on. */
+/* The guest is there: passes come to it. */
+void merge_enter(struct merge *m, struct mm *mm);
+/* The guest is about to be destroyed: no step comes to it from now on. */
 void merge_forget(struct merge *m, struct mm *mm);
 /*
  * Spends a budget: `pages` and `usec`, 0: no limit, both 0: to the end of the

@@ -3,7 +3,7 @@
  * Scanning: where a pass is.
  *
  * Each guest with a mergeable region has a dirty log of merging's own. A pass goes over the guests
- * by their ids, and in each to the chunks (128 MiB) in which something was written
+ * in the order in which they came, and in each to the chunks (128 MiB) in which something was written
  * since it was there last, or something waits: the log's tree and a count say which, so what is idle
  * costs a look at a summary for each 128 MiB. Before the pass go hints (hint.c).
  *
@@ -35,6 +35,9 @@ int merge_init(struct merge *m, struct host *h, uint64_t salt)
 	m->max_sharing = SHARING_DEFAULT;
 	m->backoff = BACKOFF_DEFAULT;
 	list_init(&m->hints);
+	list_init(&m->guests);
+	list_init(&m->left);
+	m->past = &m->guests;
 	brlock_init(&m->gate, RANK_MERGE, 0);
 	lock_init(&m->lock, RANK_SCAN, 0);
 	lock_init(&m->mirrors, RANK_MIRRORS, 0);
@@ -63,15 +66,27 @@ void merge_tune(struct merge *m, bool on, bool no_zero, uint32_t max_sharing, ui
 
 /* -- what is known of a guest ----------------------------------------------------------- */
 
+void merge_enter(struct merge *m, struct mm *mm)
+{
+	lock_take(&m->lock);
+	list_add_tail(&m->guests, &mm->merging);
+	lock_drop(&m->lock);
+}
+
 void merge_forget(struct merge *m, struct mm *mm)
 {
 	struct merge_mm *g;
 
 	brlock_write(&m->gate);
-	mm->leaving = true;
 	hints_forget(m, mm);
+	lock_take(&m->lock);
+	if (m->past == &mm->merging)
+		m->past = mm->merging.prev;
+	list_del(&mm->merging);
+	lock_drop(&m->lock);
 	g = mm->merge;
 	if (g) {
+		list_del(&g->node);
 		dirty_close(g->log);
 		chunks_free(m, g);
 		env_free(m->host->env, g, sizeof(*g));
@@ -88,6 +103,7 @@ int merge_attach(struct merge *m, struct mm *mm)
 	if (!g)
 		return -ENOMEM;
 	g->mm = mm;
+	list_init(&g->node);
 	r = dirty_open(mm, DIRTY_MERGE, KAGE_DIRTY_INITIALLY_SET | KAGE_DIRTY_FINE, &g->log);
 	if (r) {
 		env_free(m->host->env, g, sizeof(*g));
@@ -117,22 +133,15 @@ uint64_t merge_mm_bytes(struct merge *m, struct mm *mm)
 
 uint64_t merge_bytes(struct merge *m)
 {
-	struct brlock_held gate = brlock_read(&m->gate), host = brlock_read(&m->host->lock);
+	struct brlock_held gate = brlock_read(&m->gate);
 	uint64_t bytes = READ_ONCE(m->candidates.slots) * sizeof(struct candidate);
 
 	lock_take(&m->lock);
 	list_for_each(pos, &m->hints)
 		bytes += sizeof(struct merge_hint);
-	list_for_each(fp, &m->host->families) {
-		struct family *f = container_of(fp, struct family, node);
-		struct brlock_held held = brlock_read(&f->lock);
-
-		list_for_each(mp, &f->mms)
-			bytes += guest_bytes(container_of(mp, struct mm, node));
-		brlock_read_drop(&f->lock, held);
-	}
+	list_for_each(pos, &m->guests)
+		bytes += guest_bytes(container_of(pos, struct mm, merging));
 	lock_drop(&m->lock);
-	brlock_read_drop(&m->host->lock, host);
 	brlock_read_drop(&m->gate, gate);
 	return bytes;
 }
@@ -181,8 +190,10 @@ static bool chunk_next(struct merge *m, struct merge_mm *g)
 	return m->chunk != UINT64_MAX;
 }
 
-static void guest_done(struct merge *m, struct merge_mm *g)
+static void guest_done(struct merge *m, struct mm *mm)
 {
+	struct merge_mm *g = mm->merge;
+
 	if (g) {
 		uint64_t volatiles = atomic_exchange(&g->volatiles, 0), skipped = atomic_exchange(&g->skipped, 0);
 		uint64_t backed_off = atomic_exchange(&g->backed_off, 0);
@@ -196,6 +207,7 @@ static void guest_done(struct merge *m, struct merge_mm *g)
 		g->fetched = false;
 		add_relaxed(&g->passes, 1);
 	}
+	m->past = &mm->merging;
 	m->mm_id++;
 	m->chunk = 0;
 }
@@ -209,33 +221,20 @@ static void pass_done(struct merge *m)
 	atomic_store(&m->backed_off, atomic_exchange(&m->backed_off_pass, 0));
 	atomic_fetch_add(&m->passes, 1);
 	atomic_store(&m->waiting, atomic_exchange(&m->waiting_pass, 0));
+	m->past = &m->guests;
 	m->mm_id = 0;
 	m->chunk = 0;
 }
 
-/*
- * The guest with the lowest id at or above m->mm_id, its family read-locked.
- * host->lock is held: no guest goes away, and a clone that comes has a higher id.
- */
+/* The guest that the pass is at, its family read-locked. merge->lock held; the gate: no guest goes away. */
 static struct mm *guest_next(struct merge *m, struct brlock_held *held)
 {
-	struct mm *best = NULL;
+	struct mm *mm = container_of(m->past->next, struct mm, merging);
 
-	list_for_each(fp, &m->host->families) {
-		struct family *f = container_of(fp, struct family, node);
-		struct brlock_held now = brlock_read(&f->lock);
-
-		list_for_each(mp, &f->mms) {
-			struct mm *mm = container_of(mp, struct mm, node);
-
-			if (!mm->leaving && mm->id >= m->mm_id && (!best || mm->id < best->id))
-				best = mm;
-		}
-		brlock_read_drop(&f->lock, now);
-	}
-	if (best)
-		*held = brlock_read(&best->family->lock);
-	return best;
+	if (m->past->next == &m->guests)
+		return NULL;
+	*held = brlock_read(&mm->family->lock);
+	return mm;
 }
 
 static bool chunk_free(const struct merge_chunk *c)
@@ -252,20 +251,16 @@ static struct merge_chunk *chunk_open(const struct merge_mm *g)
 	return NULL;
 }
 
-/* A guest that the pass has left behind, with a chunk that a step left open. merge->lock held. */
+/* A guest that the pass has left behind, with a chunk that a step left open. The same. */
 static struct mm *guest_open(struct merge *m, struct brlock_held *held)
 {
-	list_for_each(fp, &m->host->families) {
-		struct family *f = container_of(fp, struct family, node);
+	list_for_each(pos, &m->left) {
+		struct merge_mm *g = container_of(pos, struct merge_mm, node);
 
-		*held = brlock_read(&f->lock);
-		list_for_each(mp, &f->mms) {
-			struct mm *mm = container_of(mp, struct mm, node);
-
-			if (mm->merge && chunk_open(mm->merge))
-				return mm;
+		if (chunk_open(g)) {
+			*held = brlock_read(&g->mm->family->lock);
+			return g->mm;
 		}
-		brlock_read_drop(&f->lock, *held);
 	}
 	return NULL;
 }
@@ -285,6 +280,10 @@ static void chunk_give(struct merge *m, struct merge_mm *g, struct merge_chunk *
 	m->taken--;
 	g->open += (uint32_t)c->open - (uint32_t)c->counted;
 	c->counted = c->open;
+	if (g->open && list_empty(&g->node))
+		list_add_tail(&m->left, &g->node);
+	else if (!g->open)
+		list_del(&g->node);
 }
 
 /* A chunk of the guest that some step left open; else the next. -ENOMEM. */
@@ -316,7 +315,7 @@ static int guest_begin(struct merge *m, struct mm *mm)
 		m->chunk = 0;
 	}
 	if (!g)
-		return mergeable_next(mm, 0) != UINT64_MAX ? merge_attach(m, mm) : (guest_done(m, NULL), 0);
+		return mergeable_next(mm, 0) != UINT64_MAX ? merge_attach(m, mm) : (guest_done(m, mm), 0);
 	if (g->fetched)
 		return 1;
 	r = merge_fetch(m, g);
@@ -341,7 +340,7 @@ static int work_take(struct merge *m, struct work *w)
 		return r;
 	r = chunk_choose(m, w->mm->merge, w);
 	if (r == 0 && !w->chunk)
-		guest_done(m, w->mm->merge);
+		guest_done(m, w->mm);
 	return r;
 }
 

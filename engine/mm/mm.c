@@ -97,6 +97,7 @@ int mm_init(struct mm *mm, struct host *h, struct family *f)
 	lock_init(&mm->dirty_lock, RANK_DIRTY, mm->id);
 	list_init(&mm->pins);
 	list_init(&mm->node);
+	list_init(&mm->merging);
 	return notify_init(&mm->notify, h->env, mm->id);
 }
 

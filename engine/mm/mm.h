@@ -155,7 +155,7 @@ struct mm {
 	struct mm_counters count;
 	void *owner; /* the API's object */
 	void *merge; /* what merging knows of this guest */
-	bool leaving; /* merging has let go of it for good */
+	struct list merging; /* in merging's list of guests; its lock */
 	struct mirror *mirror; /* NULL: none (mm/mirror.h). Changes with family and range held for writing; reads without them acquire */
 	struct notify notify;
 };

@@ -443,6 +443,83 @@ START_TEST(idle_memory_costs_nothing)
 }
 END_TEST
 
+/* -- guests that come and go ------------------------------------------------------------------ */
+
+#define HERD 24
+
+static struct {
+	struct kage_vm *vm;
+	uint64_t scans; /* passes that had come to it when the last one ended */
+	bool whole;     /* it was there then */
+} herd[HERD];
+
+static unsigned dice(unsigned n)
+{
+	static uint64_t state;
+
+	state = state * 6364136223846793005u + 1442695040888963407u;
+	return (unsigned)(state >> 33) % n;
+}
+
+/* Destroys the guest of a slot, or fills it: with another one's clone, or a new guest. */
+static void come_or_go(unsigned i)
+{
+	unsigned parent = dice(HERD);
+
+	if (herd[i].vm) {
+		is(kage_vm_destroy(herd[i].vm), 0);
+		herd[i].vm = NULL;
+	} else if (herd[parent].vm) {
+		is(kage_vm_clone(herd[parent].vm, NULL, &herd[i].vm), 0);
+	} else {
+		herd[i].vm = guest(2, KAGE_REGION_MERGEABLE);
+	}
+	herd[i].whole = false;
+	herd[i].scans = 0;
+}
+
+/* A pass has ended. Returns how many guests were there for all of it. */
+static unsigned herd_check(void)
+{
+	unsigned whole = 0;
+
+	for (unsigned i = 0; i < HERD; i++) {
+		uint64_t scans = herd[i].vm ? stats(herd[i].vm).ksm_full_scans : 0;
+
+		if (herd[i].whole)
+			is(scans, herd[i].scans + 1);
+		ck_assert_uint_le(scans, herd[i].scans + 1);
+		whole += herd[i].whole;
+		herd[i].scans = scans;
+		herd[i].whole = herd[i].vm != NULL;
+	}
+	return whole;
+}
+
+/* Passes one move at a time, the one the pass is at among those that go meanwhile. */
+START_TEST(each_guest_once_a_pass)
+{
+	uint64_t passes = 0, whole = 0;
+
+	tune(0, 0, 0, 0, 0);
+	clock_.look = MS; /* a step looks before each move, and once more: it has time for one */
+	while (passes < 300) {
+		struct kage_progress p = {.size = sizeof(p)};
+
+		is(kage_engine_step(engine, KAGE_CFG(kage_budget, .usec = 1500), &p), 0);
+		ck_assert_uint_le(p.passes, passes + 1);
+		if (p.passes != passes)
+			whole += herd_check();
+		passes = p.passes;
+		if (dice(4) == 0)
+			come_or_go(dice(HERD));
+	}
+	ck_assert_uint_gt(whole, 300);
+	for (unsigned i = 0; i < HERD; i++)
+		is(kage_vm_destroy(herd[i].vm), 0);
+}
+END_TEST
+
 /* What merging remembers of guests goes with them. */
 START_TEST(memory_of_guests_that_went)
 {
@@ -614,6 +691,7 @@ int main(void)
 	tcase_add_test(tc, hints_are_limited);
 	tcase_add_test(tc, idle_memory_costs_nothing);
 	tcase_add_test(tc, idle_memory_is_not_forgotten);
+	tcase_add_test(tc, each_guest_once_a_pass);
 	tcase_add_test(tc, memory_of_guests_that_went);
 	tcase_add_test(tc, sharers_beyond_the_limit);
 	tcase_add_test(tc, many_frames_of_one_content);
