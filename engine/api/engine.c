@@ -320,7 +320,8 @@ int kage_engine_step(struct kage_engine *e, const struct kage_budget *budget, st
 	atomic_store(&e->env.paced, (b.flags & KAGE_BUDGET_ADVISED) != 0);
 	atomic_store(&e->due, false); /* after the read: what was told before it, this step does */
 	r = step_work(e, &b, &p);
-	host_each_mm(&e->host, mirror_step, NULL);
+	if (atomic_load(&e->host.mirrors)) /* else there is no reason to wait for a family's clone */
+		host_each_mm(&e->host, mirror_step, NULL);
 	if (!p.wait_usec && (p.more || (atomic_load(&e->merge.on) && merge_waiting(&e->merge))))
 		engine_due(e);
 	if (!p.wait_usec && merge_urgent(&e->merge, &urgent))

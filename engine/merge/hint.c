@@ -176,7 +176,8 @@ int hint_take(struct merge *m, struct work *w)
 
 		if (h->armed && h->step == w->step)
 			continue;
-		w->held = brlock_read(&h->mm->family->lock);
+		if (!guest_enter(h->mm, w))
+			return 0;
 		if (!h->mm->merge)
 			r = merge_attach(m, h->mm);
 		if (r == 0 && !h->fetched) {

@@ -125,7 +125,9 @@ static void page_result(struct scanner *s, unsigned at)
 
 /*
  * The family of the run's candidates, read-locked unless it is the guest's own. False: there is none any more, or
- * it is of another domain: since they were looked up, their frames may have changed hands (G1).
+ * it is of another domain: since they were looked up, their frames may have changed hands (G1). Or somebody writes to it:
+ * that is not waited for. It may wait for the guest's own family in the end, by way of who writes to that and of another
+ * scanner; and a clone takes long.
  */
 static bool family_hold(struct scanner *s, struct brlock_held *held, bool *locked)
 {
@@ -138,10 +140,22 @@ static bool family_hold(struct scanner *s, struct brlock_held *held, bool *locke
 	r->into_family = l->family;
 	if (l->family == s->mm->family)
 		return true;
-	while (!brlock_read_try(&l->family->lock, held))
-		cpu_relax();
-	*locked = true;
-	return true;
+	*locked = brlock_read_try(&l->family->lock, held);
+	return *locked;
+}
+
+/* The candidates cannot be had now. */
+static void run_drop_fresh(struct scanner *s)
+{
+	struct run *r = &s->run;
+
+	for (unsigned i = r->first; i < r->end; i++)
+		if (r->page[i].to == RUN_FRESH) {
+			page_result(s, i);
+			r->page[i].to = RUN_NONE;
+			r->count--;
+		}
+	r->fresh = false;
 }
 
 static void run_prune(struct scanner *s)
@@ -165,7 +179,9 @@ static int run_flush(struct scanner *s)
 	run_prune(s);
 	for (unsigned i = r->first; i < r->end; i++)
 		r->page[i].result = RUN_RACED;
-	if (!r->fresh || family_hold(s, &held, &locked))
+	if (r->fresh && !family_hold(s, &held, &locked))
+		run_drop_fresh(s);
+	if (r->count)
 		err = merge_run(s->m, r);
 	if (locked)
 		brlock_read_drop(&r->into_family->lock, held);

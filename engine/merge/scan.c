@@ -12,7 +12,9 @@
  * there is no guest left, and nobody is at a chunk.
  *
  * Locks: merge->gate (reading), host->lock (reading), merge->lock for moments, the guest's
- * family (reading) around a batch of at most 512 pages. The gate keeps an audit out, which would
+ * family (reading) around a batch of at most 512 pages. Under merge->lock a family is only tried: memory that is
+ * mapped needs it for its hint, and must not wait for a clone of somebody else. Who finds a writer there
+ * waits for it with nothing held, and chooses anew. The gate keeps an audit out, which would
  * wait for a family while we, with another one, wait for that.
  */
 #include "merge/backoff.h"
@@ -226,15 +228,18 @@ static void pass_done(struct merge *m)
 	m->chunk = 0;
 }
 
-/* The guest that the pass is at, its family read-locked. merge->lock held; the gate: no guest goes away. */
-static struct mm *guest_next(struct merge *m, struct brlock_held *held)
+bool guest_enter(struct mm *mm, struct work *w)
 {
-	struct mm *mm = container_of(m->past->next, struct mm, merging);
+	if (brlock_read_try(&mm->family->lock, &w->held))
+		return true;
+	w->busy = mm->family;
+	return false;
+}
 
-	if (m->past->next == &m->guests)
-		return NULL;
-	*held = brlock_read(&mm->family->lock);
-	return mm;
+/* The guest that the pass is at. merge->lock held; the gate: no guest goes away. */
+static struct mm *guest_next(struct merge *m)
+{
+	return m->past->next == &m->guests ? NULL : container_of(m->past->next, struct mm, merging);
 }
 
 static bool chunk_free(const struct merge_chunk *c)
@@ -252,15 +257,13 @@ static struct merge_chunk *chunk_open(const struct merge_mm *g)
 }
 
 /* A guest that the pass has left behind, with a chunk that a step left open. The same. */
-static struct mm *guest_open(struct merge *m, struct brlock_held *held)
+static struct mm *guest_open(struct merge *m)
 {
 	list_for_each(pos, &m->left) {
 		struct merge_mm *g = container_of(pos, struct merge_mm, node);
 
-		if (chunk_open(g)) {
-			*held = brlock_read(&g->mm->family->lock);
+		if (chunk_open(g))
 			return g->mm;
-		}
 	}
 	return NULL;
 }
@@ -326,16 +329,19 @@ static int guest_begin(struct merge *m, struct mm *mm)
 /* merge->lock held. -errno. */
 static int work_take(struct merge *m, struct work *w)
 {
+	struct mm *next, *mm;
 	int r = hint_take(m, w);
 
-	if (r || w->mm)
+	if (r || w->mm || w->busy)
 		return r;
-	w->mm = guest_next(m, &w->held);
-	if (!w->mm) {
-		w->mm = guest_open(m, &w->held);
-		return w->mm ? chunk_choose(m, w->mm->merge, w) : 0;
-	}
-	r = guest_begin(m, w->mm);
+	next = guest_next(m);
+	mm = next ? next : guest_open(m);
+	if (!mm || !guest_enter(mm, w))
+		return 0;
+	w->mm = mm;
+	if (!next)
+		return chunk_choose(m, mm->merge, w);
+	r = guest_begin(m, mm);
 	if (r <= 0)
 		return r;
 	r = chunk_choose(m, w->mm->merge, w);
@@ -384,7 +390,9 @@ static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *m
 
 	lock_take(&m->lock);
 	r = work_take(m, &w);
-	if (!w.mm && r == 0) {
+	if (w.busy) {
+		family_get(w.busy);
+	} else if (!w.mm && r == 0) {
 		r = 1;
 		*more = m->taken != 0;
 		if (!m->taken)
@@ -404,6 +412,8 @@ static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *m
 	}
 	brlock_read_drop(&m->host->lock, host);
 	brlock_read_drop(&m->gate, gate);
+	if (w.busy)
+		family_wait(w.busy);
 	*spent += n > 0 ? (uint64_t)n : 0;
 	return n < 0 ? (int)n : r;
 }

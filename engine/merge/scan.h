@@ -20,6 +20,7 @@ enum visit {
 struct work {
 	struct mm *mm; /* its family is held; NULL: nothing is left */
 	struct brlock_held held;
+	struct family *busy; /* somebody writes to it: nothing is taken; NULL: no */
 	pfn_t zero; /* as in struct scanner */
 	struct merge_chunk *chunk; /* taken; NULL: the guest is over, or nothing is known of it yet */
 	enum visit visit;
@@ -48,7 +49,7 @@ int64_t chunk_batch(struct scanner *s, struct merge_chunk *c, uint64_t limit);
 
 /* -- hints (hint.c) ---------------------------------------------------------------- */
 
-/* The next chunk of a hint: w->mm stays NULL if there is none. merge->lock held. -ENOMEM. */
+/* The next chunk of a hint: w->mm stays NULL if there is none, or the family of one is busy. merge->lock held. -ENOMEM. */
 int hint_take(struct merge *m, struct work *w);
 /* The guest goes. */
 void hints_forget(struct merge *m, const struct mm *mm);
@@ -59,6 +60,11 @@ void hints_forget(struct merge *m, const struct mm *mm);
 int merge_attach(struct merge *m, struct mm *mm);
 /* The first chunk at or after `index` that a mergeable region reaches. UINT64_MAX: none. */
 uint64_t mergeable_next(struct mm *mm, uint64_t index);
+/*
+ * Read-locks the guest's family for w. False, and w->busy: somebody writes to it, or waits to. A clone does while it copies
+ * pages, and merge->lock, which is held, is not held for so long. The gate is: no guest goes away.
+ */
+bool guest_enter(struct mm *mm, struct work *w);
 /* Takes the chunk for w. The same. */
 void chunk_take(struct merge *m, struct merge_mm *g, struct merge_chunk *c, struct work *w);
 

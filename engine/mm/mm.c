@@ -68,6 +68,7 @@ static int family_create(struct host *h, uint32_t domain, struct family **out)
 		return r;
 	}
 	f->host = h;
+	f->users = 1;
 	f->domain = domain;
 	list_init(&f->mms);
 	lock_take(&h->ids);
@@ -78,10 +79,22 @@ static int family_create(struct host *h, uint32_t domain, struct family **out)
 	return 0;
 }
 
+static void family_put(struct family *f)
+{
+	if (atomic_fetch_sub(&f->users, 1) == 1)
+		env_free(f->host->env, f, sizeof(*f));
+}
+
 static void family_free(struct family *f)
 {
 	tenant_put(f->tenant);
-	env_free(f->host->env, f, sizeof(*f));
+	family_put(f);
+}
+
+void family_wait(struct family *f)
+{
+	brlock_read_drop(&f->lock, brlock_read(&f->lock));
+	family_put(f);
 }
 
 int mm_init(struct mm *mm, struct host *h, struct family *f)

@@ -115,6 +115,7 @@ struct host {
 
 struct family {
 	uint64_t id;
+	_Atomic uint32_t users; /* one for its guests, and one for each thread in family_wait() */
 	struct host *host;
 	struct list node;
 	struct list mms;
@@ -175,6 +176,14 @@ bool mm_busy(struct mm *mm);
 bool mm_listening(struct mm *mm);
 /* `child` is zeroed memory. */
 int mm_clone(struct mm *parent, struct mm *child);
+
+/* For who may not wait for the family's lock where it is, but can come back: host->lock held, or a guest of it kept otherwise. */
+static inline void family_get(struct family *f)
+{
+	atomic_fetch_add(&f->users, 1);
+}
+/* Sleeps while somebody writes to the family, and lets go of that reference. No lock held. */
+void family_wait(struct family *f);
 
 /* Calls fn for every mm of the engine with its family held for reading; stops at a nonzero return. */
 int host_each_mm(struct host *h, int (*fn)(struct mm *mm, void *arg), void *arg);

@@ -11,6 +11,7 @@
 #include <check.h>
 #include <errno.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -700,6 +701,108 @@ START_TEST(cloned_meanwhile)
 }
 END_TEST
 
+/* -- a clone that takes long ------------------------------------------------------------------------ */
+
+static sem_t clone_is_in, clone_may_go;
+static pthread_t clone_pthread;
+
+static void clone_stays(const struct kage_range *range)
+{
+	ok(sem_post(&clone_is_in));
+	ok(sem_wait(&clone_may_go));
+}
+
+/* Until clone_ends(), b's family is held by its clone. */
+static void clone_begins(void)
+{
+	ok(sem_init(&clone_is_in, 0, 0));
+	ok(sem_init(&clone_may_go, 0, 0));
+	listen_to(b, clone_stays);
+	ok(pthread_create(&clone_pthread, NULL, clone_thread, &cloned));
+	ok(sem_wait(&clone_is_in));
+}
+
+static void clone_ends(void)
+{
+	ok(sem_post(&clone_may_go));
+	ok(pthread_join(clone_pthread, NULL));
+	listen_no_more();
+}
+
+static _Atomic int pass_is_over;
+
+static void *pass_thread(void *arg)
+{
+	pass();
+	atomic_store(&pass_is_over, 1);
+	return NULL;
+}
+
+/* A step comes to b while we go on, as its pass says (0) or a hint (1), and waits; whoever has no part in the clone does not. */
+START_TEST(others_do_not_wait_for_a_clone)
+{
+	struct kage_vm *other = guest(1, 0), *one;
+	pthread_t t;
+
+	b = guest(PAGES, KAGE_REGION_NOHUGE);
+	fill(b, PAGES);
+	for (unsigned i = 0; i < (_i ? 1u : 4u); i++)
+		pass();
+	clone_begins();
+	atomic_store(&pass_is_over, 0);
+	ok(pthread_create(&t, NULL, pass_thread, NULL));
+	for (unsigned i = 1; i <= 100; i++) {
+		ok(kage_vm_map(other, KAGE_CFG(kage_region, .gpa = i * 2 * PAGE, .len = PAGE, .flags = KAGE_REGION_MERGEABLE)));
+		ok(kage_vm_create(engine, NULL, &one));
+		ok(kage_vm_destroy(one));
+		ok(usleep(1000));
+	}
+	ck_assert_int_eq(atomic_load(&pass_is_over), 0);
+	clone_ends();
+	ok(pthread_join(t, NULL));
+	audit();
+	all_hold(b, PAGES, UINT64_MAX);
+	all_hold(cloned, PAGES, UINT64_MAX);
+	ok(kage_vm_destroy(cloned));
+	ok(kage_vm_destroy(other));
+}
+END_TEST
+
+/* A page that would be merged into b's waits for a later pass; the step goes on with its neighbours, and ends. */
+START_TEST(candidate_of_a_guest_that_is_cloned)
+{
+	static const char zeroes[PAGE];
+	struct kage_progress p = { .size = sizeof(p) };
+	uint64_t merged = 0;
+
+	ok(kage_engine_tune(engine, KAGE_CFG(kage_tune, .flags = 0)));
+	a = guest(8, KAGE_REGION_NOHUGE);
+	b = guest(8, KAGE_REGION_NOHUGE);
+	put(a, 0, 1);
+	put(a, 1, 2);
+	ok(kage_vm_write(a, 2 * PAGE, zeroes, PAGE));
+	put(b, 0, 1);
+	ok(kage_engine_tune(engine, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE)));
+	ok(kage_vm_advise(b, 0, PAGE, KAGE_ADVICE_MERGE_FIRST));
+	ck_assert_uint_eq(pass().pages_scanned, 1);
+	clone_begins();
+	ok(kage_vm_advise(a, 0, 3 * PAGE, KAGE_ADVICE_MERGE_FIRST));
+	ok(kage_engine_step(engine, KAGE_CFG(kage_budget, .pages = 3), &p));
+	ck_assert_uint_eq(p.pages_scanned, 3);
+	ck_assert_uint_eq(p.pages_merged, 1); /* the zeroes */
+	clone_ends();
+	for (unsigned i = 0; i < 3; i++)
+		merged += pass().pages_merged;
+	ck_assert_uint_eq(merged, 1);
+	audit();
+	holds(a, 0, 1);
+	holds(a, 1, 2);
+	holds(b, 0, 1);
+	holds(cloned, 0, 1);
+	ok(kage_vm_destroy(cloned));
+}
+END_TEST
+
 /* -- without memory to spare ------------------------------------------------------------------------ */
 
 START_TEST(unmerge_at_the_limit)
@@ -881,6 +984,8 @@ int main(void)
 	tcase_add_test(races, destroyed_meanwhile);
 	tcase_add_loop_test(races, left_by_one_page_and_joined_by_another, 0, 2);
 	tcase_add_test(races, cloned_meanwhile);
+	tcase_add_loop_test(races, others_do_not_wait_for_a_clone, 0, 2);
+	tcase_add_test(races, candidate_of_a_guest_that_is_cloned);
 	tcase_add_test(races, unmerge_at_the_limit);
 	suite_add_tcase(suite, races);
 	tcase_set_timeout(table, 240);
