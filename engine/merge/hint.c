@@ -17,6 +17,7 @@
  *      been at it: what was written until a moment ago is no longer in the log, and would pass for quiet.
  *  J2  a hint ends when all its chunks have been visited and none of them is open.
  *  J3  there are HINTS_MOST at once at most, whoever gives them: what does not fit waits for a pass, as without a hint.
+ *  J4  a hint for which there is no memory waits for the next step, and nothing else does.
  *
  * Locks: merge->lock for the list.
  */
@@ -174,7 +175,7 @@ int hint_take(struct merge *m, struct work *w)
 		struct merge_hint *h = container_of(pos, struct merge_hint, node);
 		int r = 0;
 
-		if (h->armed && h->step == w->step)
+		if ((h->armed && h->step == w->step) || h->starved == w->step)
 			continue;
 		if (!guest_enter(h->mm, w))
 			return 0;
@@ -189,6 +190,11 @@ int hint_take(struct merge *m, struct work *w)
 		if (w->mm)
 			return 0;
 		brlock_read_drop(&h->mm->family->lock, w->held);
+		if (r == -ENOMEM) {
+			h->starved = w->step;
+			w->starved = true;
+			continue;
+		}
 		if (r < 0)
 			return r;
 		if (r == 0)

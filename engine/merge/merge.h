@@ -124,6 +124,7 @@ struct merge_hint {
 	bool armed;     /* not final: what was written up to `step` is known, and looked at in a later one */
 	bool fetched;   /* the mirror's log has been, in this round */
 	uint64_t step;
+	uint64_t starved; /* a step that had no memory for it, and leaves it alone */
 	gfn_t start, end, at;
 	struct merge_chunk *chunk; /* where it is; NULL: at the next */
 };
@@ -185,7 +186,8 @@ void merge_forget(struct merge *m, struct mm *mm);
 /*
  * Spends a budget: `pages` and `usec`, 0: no limit, both 0: to the end of the
  * pass. `moved`: it ends when so many pages of mirrored guests have been given other mappings, by any thread; checked
- * between batches. Adds to scanned and merged; *more: the pass is not over. -ENOMEM. Threads
+ * between batches. Adds to scanned and merged; *more: the pass is not over. -ENOMEM: at its end, if guests or chunks were
+ * passed over for want of memory; or at once, if a batch had none. Threads
  * that step at once share the pass; who finds nothing left to take returns with *more.
  */
 int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t moved, uint64_t *scanned, uint64_t *merged, bool *more);

@@ -289,22 +289,21 @@ static void chunk_give(struct merge *m, struct merge_mm *g, struct merge_chunk *
 		list_del(&g->node);
 }
 
-/* A chunk of the guest that some step left open; else the next. -ENOMEM. */
-static int chunk_choose(struct merge *m, struct merge_mm *g, struct work *w)
+/* A chunk of the guest that some step left open; else the next. What there is no memory for waits for the next pass. */
+static void chunk_choose(struct merge *m, struct merge_mm *g, struct work *w)
 {
 	struct merge_chunk *c = chunk_open(g);
 
 	while (!c && chunk_next(m, g)) {
 		c = chunk_have(m, g, m->chunk);
-		if (!c)
-			return -ENOMEM;
 		m->chunk++;
-		if (c->hinted == w->step || c->taken) /* a hint's, which goes before */
+		if (!c)
+			w->starved = true;
+		else if (c->hinted == w->step || c->taken) /* a hint's, which goes before */
 			c = NULL;
 	}
 	if (c)
 		chunk_take(m, g, c, w);
-	return 0;
 }
 
 /* The pass comes to a guest. merge->lock held. */
@@ -339,15 +338,17 @@ static int work_take(struct merge *m, struct work *w)
 	if (!mm || !guest_enter(mm, w))
 		return 0;
 	w->mm = mm;
-	if (!next)
-		return chunk_choose(m, mm->merge, w);
+	if (!next) {
+		chunk_choose(m, mm->merge, w);
+		return 0;
+	}
 	r = guest_begin(m, mm);
-	if (r <= 0)
-		return r;
-	r = chunk_choose(m, w->mm->merge, w);
-	if (r == 0 && !w->chunk)
-		guest_done(m, w->mm);
-	return r;
+	if (r > 0)
+		chunk_choose(m, mm->merge, w);
+	w->starved |= r == -ENOMEM;
+	if ((r > 0 && !w->chunk) || r == -ENOMEM)
+		guest_done(m, mm);
+	return r < 0 && r != -ENOMEM ? r : 0;
 }
 
 static void scanner_begin(struct scanner *s, const struct work *w)
@@ -403,6 +404,7 @@ static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *m
 		n = work_do(s, &w, limit);
 	if (w.mm)
 		brlock_read_drop(&w.mm->family->lock, w.held);
+	s->starved |= w.starved;
 	if (w.chunk) { /* the gate keeps it */
 		lock_take(&m->lock);
 		chunk_give(m, w.mm->merge, w.chunk);
@@ -447,6 +449,8 @@ int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t moved, u
 	}
 	*scanned += spent;
 	*merged += s->merged;
+	if (r >= 0)
+		r = s->starved ? -ENOMEM : 0;
 	env_free(m->host->env, s, sizeof(*s));
-	return r < 0 ? r : 0;
+	return r;
 }

@@ -26,6 +26,7 @@ struct work {
 	enum visit visit;
 	gfn_t start, end; /* of hints, in the chunk */
 	uint64_t step;
+	bool starved; /* something was passed over for want of memory */
 };
 
 /* -- chunks (chunk.c) ------------------------------------------------------------ */
@@ -49,7 +50,7 @@ int64_t chunk_batch(struct scanner *s, struct merge_chunk *c, uint64_t limit);
 
 /* -- hints (hint.c) ---------------------------------------------------------------- */
 
-/* The next chunk of a hint: w->mm stays NULL if there is none, or the family of one is busy. merge->lock held. -ENOMEM. */
+/* The next chunk of a hint: w->mm stays NULL if there is none, or the family of one is busy. merge->lock held. -errno. */
 int hint_take(struct merge *m, struct work *w);
 /* The guest goes. */
 void hints_forget(struct merge *m, const struct mm *mm);

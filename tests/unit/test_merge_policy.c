@@ -400,6 +400,64 @@ START_TEST(hints_are_limited)
 }
 END_TEST
 
+/* -- without memory ------------------------------------------------------------------------------ */
+
+static bool scarce;
+static unsigned refused;
+
+/* While it is scarce there is memory for everything but what is remembered of 128 MiB of a guest: 4 bits a page. */
+static void *scarce_alloc(void *opaque, size_t bytes)
+{
+	size_t room = (bytes + 63) & ~(size_t)63;
+	void *p;
+
+	if (scarce && bytes > 16384 && bytes < 20000) {
+		refused++;
+		return NULL;
+	}
+	p = aligned_alloc(64, room);
+	return p ? memset(p, 0, room) : NULL;
+}
+
+static void scarce_free(void *opaque, void *ptr, size_t bytes)
+{
+	free(ptr);
+}
+
+/* A new guest for which there is no memory stops nobody else's merging, neither its hint nor the pass that comes to it. */
+START_TEST(no_memory_for_one_guest)
+{
+	struct kage_vm *before, *poor, *after;
+
+	is(kage_engine_destroy(engine), 0);
+	is(kage_engine_create(KAGE_CFG(kage_engine_config, .seed = 11, .alloc = {scarce_alloc, scarce_free, NULL}), &engine), 0);
+	before = guest(8, KAGE_REGION_MERGEABLE);
+	is(kage_vm_create(engine, NULL, &poor), 0);
+	after = guest(8, KAGE_REGION_MERGEABLE);
+	put(before, 0, 1);
+	put(after, 0, 2);
+	tune(0, 0, 0, 0, 0);
+	for (unsigned i = 0; i < 3; i++)
+		step(0, 0);
+	scarce = true;
+	is(kage_vm_map(poor, KAGE_CFG(kage_region, .len = 8 * PAGE, .flags = KAGE_REGION_MERGEABLE | KAGE_REGION_NOHUGE)), 0);
+	put(poor, 0, 1);
+	put(before, 1, 2);
+	put(after, 1, 1);
+	for (unsigned i = 0; i < 3; i++)
+		is(kage_engine_step(engine, NULL, NULL), -ENOMEM);
+	ck_assert_uint_ge(refused, 3);
+	is(stats(NULL).ksm_merges, 2);
+	scarce = false;
+	step(0, 0);
+	step(0, 0);
+	is(stats(NULL).ksm_merges, 3);
+	is(kage_vm_destroy(before), 0);
+	is(kage_vm_destroy(poor), 0);
+	is(kage_vm_destroy(after), 0);
+}
+END_TEST
+
 /* -- cost follows writes ---------------------------------------------------------------------------- */
 
 START_TEST(idle_memory_costs_nothing)
@@ -689,6 +747,7 @@ int main(void)
 	tcase_add_test(tc, hints_go_first_and_do_not_wait);
 	tcase_add_test(tc, hints_are_checked);
 	tcase_add_test(tc, hints_are_limited);
+	tcase_add_test(tc, no_memory_for_one_guest);
 	tcase_add_test(tc, idle_memory_costs_nothing);
 	tcase_add_test(tc, idle_memory_is_not_forgotten);
 	tcase_add_test(tc, each_guest_once_a_pass);
