@@ -258,6 +258,7 @@ static void vm_written(void *arg, gpa_t gpa, size_t len)
 int kage_vm_write(struct kage_vm *vm, uint64_t gpa, const void *buf, size_t len)
 {
 	int r = bytes_check(vm, buf, len);
+	struct shadow *s = vm ? atomic_load(&vm->shadow) : NULL;
 
 	if (!r && beyond_memory(gpa, len))
 		return KAGE_MMIO;
@@ -265,8 +266,12 @@ int kage_vm_write(struct kage_vm *vm, uint64_t gpa, const void *buf, size_t len)
 		r = engine_entered(vm->engine);
 	if (!r && len)
 		vm_written(vm, GPA(gpa), len); /* who translated code from these pages hears of it before they change */
+	if (s)
+		shadow_write_begin(s);
 	if (!r)
 		r = mm_write(&vm->mm, GPA(gpa), buf, len, vm_written, vm);
+	if (s)
+		shadow_write_end(s);
 	return api_result(vm ? vm->engine : NULL, __func__, gpa, len, r);
 }
 

@@ -190,6 +190,7 @@ struct shadow {
 	struct list cpus;
 	struct kage_notifier listener;
 	bool membarrier;
+	_Atomic uint32_t untold; /* writes that are under way: shadow_written() comes */
 
 	/* page tables of our own: indexes sized for `cap` pages and chunks */
 	struct shadow_page **page_hash, **page_by_id;

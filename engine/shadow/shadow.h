@@ -126,6 +126,9 @@ int shadow_translate(struct shadow_cpu *cpu, uint64_t gva, uint32_t access, stru
 /* A vCPU's store to a watched page, within the page, right after SHADOW_EMULATE; then shadow_written(). Results of
  * mm_fault(); KAGE_RETRY: a broadcast came between, ask shadow_fault() again. */
 int shadow_store(struct shadow_cpu *cpu, gpa_t gpa, const void *buf, size_t len);
+/* Around a write and its shadow_written(): between the two a table is not what was made from it, and an audit lets that be. */
+void shadow_write_begin(struct shadow *s);
+void shadow_write_end(struct shadow *s);
 /* Bytes of guest memory were written other than by a TLB hit: tables and code follow. */
 void shadow_written(struct shadow *s, gpa_t gpa, uint64_t len);
 /* INVLPG on this vCPU. */

@@ -317,6 +317,17 @@ static void range_written(struct shadow *s, gpa_t gpa, uint64_t len)
 	break_code(s, start, gfn_add(last, 1));
 }
 
+/* shadow_written() takes the lock: who holds it and sees the bytes before that, sees the count too. */
+void shadow_write_begin(struct shadow *s)
+{
+	atomic_fetch_add(&s->untold, 1);
+}
+
+void shadow_write_end(struct shadow *s)
+{
+	atomic_fetch_sub(&s->untold, 1);
+}
+
 void shadow_written(struct shadow *s, gpa_t gpa, uint64_t len)
 {
 	if (len > LONG_WRITE) {
@@ -383,6 +394,7 @@ int shadow_store(struct shadow_cpu *cpu, gpa_t gpa, const void *buf, size_t len)
 
 	if (r != -ENOENT)
 		return r;
+	shadow_write_begin(s);
 	do {
 		notify_read_begin(&cpu->reader, gfn, gfn_add(gfn, 1));
 		r = mm_fault(s->mm, &f);
@@ -395,6 +407,7 @@ int shadow_store(struct shadow_cpu *cpu, gpa_t gpa, const void *buf, size_t len)
 	} while (r == KAGE_RETRY);
 	if (!r && valid)
 		shadow_written(s, gpa, len);
+	shadow_write_end(s);
 	return r || valid ? r : KAGE_RETRY;
 }
 
