@@ -17,7 +17,8 @@
  *
  * Invariants:
  *  Q1  a page is looked at only if nobody wrote it during one whole pass; memory of a hint: between
- *      two visits of the hint, or at once if the hint says that it is final.
+ *      two visits of the hint, or at once if the hint says that it is final. Of the two visits, that which looks at it is
+ *      of a step that began after the other: none was under way, however many there are.
  *  Q2  what was known of a frame goes with the harvest that says it was written.
  *  Q3  whatever becomes of a page later (`todo`) has been harvested before: a write from then on is in the next harvest.
  *

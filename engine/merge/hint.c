@@ -13,8 +13,9 @@
  * A clone needs none of this: what it shares is known, as its parent's.
  *
  * Invariants:
- *  J1  a hint is armed in one step and looked at in a later one. The pass leaves a chunk alone in a step in which a hint has
- *      been at it: what was written until a moment ago is no longer in the log, and would pass for quiet.
+ *  J1  a hint is armed in one step and looked at in one that has begun since. The pass leaves a chunk alone in all steps that
+ *      had begun when a hint was at it, and a hint that waits for it to be quiet leaves it alone in those that had when the
+ *      pass was, or it was armed: what was written until a moment ago is no longer in the log, and would pass for quiet.
  *  J2  a hint ends when all its chunks have been visited and none of them is open.
  *  J3  there are HINTS_MOST at once at most, whoever gives them: what does not fit waits for a pass, as without a hint.
  *  J4  a hint for which there is no memory waits for the next step, and nothing else does.
@@ -120,11 +121,10 @@ static void take(struct merge *m, struct merge_hint *h, struct merge_chunk *c, s
 	chunk_take(m, h->mm->merge, c, w);
 	w->mm = h->mm;
 	w->visit = h->final ? VISIT_FINAL : h->armed ? VISIT_YOUNG : VISIT_ARM;
-	c->hinted = w->step;
 	h->chunk = w->visit == VISIT_ARM ? NULL : c;
 }
 
-/* 1: it is taken, or somebody else has it; 0: the hint has no more. -ENOMEM. */
+/* 1: it is taken, or somebody else has it, or it is too early (J1); 0: the hint has no more. -ENOMEM. */
 static int hint_next(struct merge *m, struct merge_hint *h, struct work *w)
 {
 	struct merge_chunk *c = h->chunk;
@@ -146,7 +146,7 @@ static int hint_next(struct merge *m, struct merge_hint *h, struct work *w)
 			c = chunk_have(m, h->mm->merge, base.v >> MERGE_CHUNK_SHIFT);
 			if (!c)
 				return -ENOMEM;
-			if (!c->taken) {
+			if (!c->taken && (!h->armed || c->armed < w->step)) {
 				h->at = next;
 				take(m, h, c, w);
 			}
@@ -157,7 +157,7 @@ static int hint_next(struct merge *m, struct merge_hint *h, struct work *w)
 	return 0;
 }
 
-static void hint_over(struct merge *m, struct merge_hint *h, uint64_t step)
+static void hint_over(struct merge *m, struct merge_hint *h)
 {
 	if (h->final || h->armed) {
 		hint_free(m, h);
@@ -165,7 +165,7 @@ static void hint_over(struct merge *m, struct merge_hint *h, uint64_t step)
 	}
 	h->armed = true;
 	h->fetched = false;
-	h->step = step;
+	h->step = atomic_load(&m->steps);
 	h->at = h->start;
 }
 
@@ -175,7 +175,7 @@ int hint_take(struct merge *m, struct work *w)
 		struct merge_hint *h = container_of(pos, struct merge_hint, node);
 		int r = 0;
 
-		if ((h->armed && h->step == w->step) || h->starved == w->step)
+		if ((h->armed && h->step >= w->step) || h->starved == w->step)
 			continue;
 		if (!guest_enter(h->mm, w))
 			return 0;
@@ -198,7 +198,7 @@ int hint_take(struct merge *m, struct work *w)
 		if (r < 0)
 			return r;
 		if (r == 0)
-			hint_over(m, h, w->step);
+			hint_over(m, h);
 	}
 	return 0;
 }

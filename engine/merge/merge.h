@@ -27,7 +27,9 @@
  *      unless somebody wrote it, and then the comparison tells.
  *
  * Several threads may step at once. Each takes a chunk (128 MiB of a guest) for
- * itself for the time of a batch: so a chunk's state needs no lock of its own.
+ * itself for the time of a batch: so a chunk's state needs no lock of its own. What one of them has seen written is for
+ * none of the steps that had begun by then: for all of them together "quiet" means what it does for one
+ * (J1 of hint.c, Q1 of chunk.c).
  *
  * Locks: merge->gate, for reading, around a batch; merge->lock for where the pass is and whose a
  * chunk is; host->lock, and the families concerned, for reading.
@@ -92,7 +94,8 @@ struct merge_chunk {
 	bool taken;     /* a scanner is at it */
 	bool visited;   /* a pass has been at it: what its log says from here on was written */
 	_Atomic bool busy; /* there is something to do in the next pass, even if nothing is written */
-	uint64_t hinted; /* step in which a hint was at it: its pass leaves it alone */
+	uint64_t seen;   /* the last step that had begun when a visit had last taken what was written from the log; merge->lock */
+	uint64_t armed;  /* the same: a visit of the pass, or one that arms a hint */
 	uint64_t tried_pass; /* in which `tried` was */
 	uint64_t pending[MERGE_CHUNK_WORDS]; /* written before the last harvest: hashed at the next if quiet */
 	uint64_t later[MERGE_CHUNK_WORDS];   /* quiet, but pinned or in somebody's way, or left alone: again in the next pass */
@@ -121,9 +124,9 @@ struct merge_hint {
 	struct list node;
 	struct mm *mm;
 	bool final;     /* its contents need not be quiet first */
-	bool armed;     /* not final: what was written up to `step` is known, and looked at in a later one */
+	bool armed;     /* not final: what was written is known, and looked at in a step after `step` */
 	bool fetched;   /* the mirror's log has been, in this round */
-	uint64_t step;
+	uint64_t step;    /* the last one that had begun then */
 	uint64_t starved; /* a step that had no memory for it, and leaves it alone */
 	gfn_t start, end, at;
 	struct merge_chunk *chunk; /* where it is; NULL: at the next */
@@ -188,7 +191,8 @@ void merge_forget(struct merge *m, struct mm *mm);
  * pass. `moved`: it ends when so many pages of mirrored guests have been given other mappings, by any thread; checked
  * between batches. Adds to scanned and merged; *more: the pass is not over. -ENOMEM: at its end, if guests or chunks were
  * passed over for want of memory; or at once, if a batch had none. Threads
- * that step at once share the pass; who finds nothing left to take returns with *more.
+ * that step at once share the pass; who finds nothing left to take returns with *more. A step ends with the pass that it
+ * began in, whoever came to its end.
  */
 int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t moved, uint64_t *scanned, uint64_t *merged, bool *more);
 

@@ -77,6 +77,7 @@ struct scanner {
 	struct mm *mm; /* of this batch: its family is held */
 	uint64_t mm_id;
 	uint64_t step; /* number of the step that it is made for */
+	uint64_t pass; /* that the step has begun in: it comes to no other */
 	bool starved; /* the step has passed something over for want of memory */
 	gfn_t base;
 	uint64_t todo[GROUP_WORDS];   /* not looked at yet */

@@ -9,7 +9,8 @@
  *
  * A batch takes a chunk from the guest that the pass is at: one that another step left
  * open, or the next. While it is at it nobody else takes that chunk. The pass is over when
- * there is no guest left, and nobody is at a chunk.
+ * there is no guest left, and nobody is at a chunk. The next one is for steps that begin after that: else a step that has
+ * begun long ago would take for quiet what another has just seen written (Q1 of chunk.c).
  *
  * Locks: merge->gate (reading), host->lock (reading), merge->lock for moments, the guest's
  * family (reading) around a batch of at most 512 pages. Under merge->lock a family is only tried: memory that is
@@ -299,7 +300,7 @@ static void chunk_choose(struct merge *m, struct merge_mm *g, struct work *w)
 		m->chunk++;
 		if (!c)
 			w->starved = true;
-		else if (c->hinted == w->step || c->taken) /* a hint's, which goes before */
+		else if (c->seen >= w->step || c->taken) /* a hint's, which goes before */
 			c = NULL;
 	}
 	if (c)
@@ -333,6 +334,9 @@ static int work_take(struct merge *m, struct work *w)
 
 	if (r || w->mm || w->busy)
 		return r;
+	w->over = atomic_load(&m->passes) != w->pass;
+	if (w->over)
+		return 0;
 	next = guest_next(m);
 	mm = next ? next : guest_open(m);
 	if (!mm || !guest_enter(mm, w))
@@ -375,9 +379,21 @@ static int64_t work_do(struct scanner *s, struct work *w, uint64_t limit)
 	int r = 0;
 
 	scanner_begin(s, w);
-	if (!c->open || w->visit != VISIT_PASS)
+	if (!c->open || w->visit != VISIT_PASS) {
 		r = chunk_visit(s, w);
+		w->visited = r == 0;
+	}
 	return r || !c->open ? r : chunk_batch(s, c, limit);
+}
+
+/* What the visit has taken from the log is new to all steps that have begun. merge->lock held. */
+static void chunk_seen(const struct merge *m, const struct work *w)
+{
+	struct merge_chunk *c = w->chunk;
+
+	c->seen = atomic_load(&m->steps);
+	if (w->visit == VISIT_PASS || w->visit == VISIT_ARM)
+		c->armed = c->seen;
 }
 
 /* One batch, or one move to the next chunk or guest. 1: the pass is over, or others are at all that is left of it. */
@@ -385,7 +401,7 @@ static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *m
 {
 	struct merge *m = s->m;
 	struct brlock_held gate = brlock_read(&m->gate), host = brlock_read(&m->host->lock);
-	struct work w = { .step = s->step };
+	struct work w = { .step = s->step, .pass = s->pass };
 	int64_t n = 0;
 	int r;
 
@@ -395,8 +411,8 @@ static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *m
 		family_get(w.busy);
 	} else if (!w.mm && r == 0) {
 		r = 1;
-		*more = m->taken != 0;
-		if (!m->taken)
+		*more = !w.over && m->taken != 0;
+		if (!w.over && !m->taken)
 			pass_done(m);
 	}
 	lock_drop(&m->lock);
@@ -407,6 +423,8 @@ static int step_once(struct scanner *s, uint64_t limit, uint64_t *spent, bool *m
 	s->starved |= w.starved;
 	if (w.chunk) { /* the gate keeps it */
 		lock_take(&m->lock);
+		if (w.visited)
+			chunk_seen(m, &w);
 		chunk_give(m, w.mm->merge, w.chunk);
 		if (n < 0 && !w.chunk->open && m->mm_id == w.mm->id)
 			m->chunk = MIN(m->chunk, w.chunk->index); /* not even begun */
@@ -439,6 +457,7 @@ int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t moved, u
 		return -ENOMEM;
 	s->m = m;
 	s->step = atomic_fetch_add(&m->steps, 1) + 1;
+	s->pass = atomic_load(&m->passes);
 	while (r == 0 && atomic_load(&m->on)) {
 		done = atomic_load(&m->moved) - first;
 		if ((pages && spent >= pages) || (usec && now_usec(m) - start >= usec) || done >= moved) {

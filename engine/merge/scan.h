@@ -25,8 +25,10 @@ struct work {
 	struct merge_chunk *chunk; /* taken; NULL: the guest is over, or nothing is known of it yet */
 	enum visit visit;
 	gfn_t start, end; /* of hints, in the chunk */
-	uint64_t step;
+	uint64_t step, pass; /* as in struct scanner */
 	bool starved; /* something was passed over for want of memory */
+	bool over;    /* the step's pass is */
+	bool visited; /* what was written in the chunk is no longer in the log */
 };
 
 /* -- chunks (chunk.c) ------------------------------------------------------------ */

@@ -131,7 +131,8 @@ struct kage_progress {
 /**
  * Does the background work that is due: merging, releasing of frames after
  * their grace period, refilling the populated reserve. The embedder decides on
- * which thread and how often; several threads may call at once.
+ * which thread and how often; several threads may call at once: they share a pass, and each
+ * call ends with the pass that it has begun in.
  *
  * `budget` may be NULL (one whole pass), `progress` may be NULL.
  * Returns KAGE_OK, -EINVAL, -E2BIG, -ENOMEM, -ETIMEDOUT (a vCPU did not leave

@@ -6,9 +6,13 @@
 #include <check.h>
 #include <errno.h>
 #include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <semaphore.h>
 #include <stdlib.h>
 
 #include <kage/kage.h>
+#include "api/engine.h"
 
 #define PAGE KAGE_PAGE_SIZE
 #define MS ((uint64_t)1000000)
@@ -22,16 +26,22 @@ static void is(long long got, long long want)
 /* -- the world: an engine on a clock of ours ------------------------------------------------ */
 
 static struct {
-	uint64_t wall, cpu, step_cost; /* every look at the CPU clock finds it `step_cost` further on */
+	_Atomic uint64_t wall, cpu;
+	uint64_t step_cost; /* every look at the CPU clock finds it `step_cost` further on */
 	uint64_t look; /* the same of the other */
 } clock_;
 
+/* What this thread does in a step that has begun and done nothing yet: at its third look, if it has a budget in microseconds. */
+static __thread unsigned looks_left;
+static __thread void (*when_begun)(void);
+
 static uint64_t fake_now(void *opaque, enum kage_clock_id id)
 {
+	if (id == KAGE_CLOCK_WALL && looks_left && --looks_left == 0)
+		when_begun();
 	if (id == KAGE_CLOCK_WALL)
-		return clock_.wall += clock_.look;
-	clock_.cpu += clock_.step_cost;
-	return clock_.cpu;
+		return atomic_fetch_add(&clock_.wall, clock_.look) + clock_.look;
+	return atomic_fetch_add(&clock_.cpu, clock_.step_cost) + clock_.step_cost;
 }
 
 static struct kage_engine *engine;
@@ -727,6 +737,135 @@ START_TEST(reserves_are_filled_in_pieces)
 }
 END_TEST
 
+/* -- several threads: what one has seen written is not quiet for the others ------------------------ */
+
+#define SEEN 64u
+
+static uint64_t step_with(void (*begun)(void))
+{
+	struct kage_progress p = {.size = sizeof(p)};
+
+	looks_left = 3;
+	when_begun = begun;
+	if (kage_engine_step(engine, KAGE_CFG(kage_budget, .usec = 1000000), &p) || looks_left)
+		return UINT64_MAX;
+	return p.pages_merged;
+}
+
+static struct {
+	pthread_t thread;
+	sem_t begun, go;
+	uint64_t merged;
+} other;
+
+static void other_waits(void)
+{
+	sem_post(&other.begun);
+	sem_wait(&other.go);
+}
+
+static void *other_step(void *arg)
+{
+	other.merged = step_with(other_waits);
+	return NULL;
+}
+
+static void other_begins(void)
+{
+	uint64_t before = atomic_load(&engine->merge.steps);
+
+	is(pthread_create(&other.thread, NULL, other_step, NULL), 0);
+	sem_wait(&other.begun);
+	is(atomic_load(&engine->merge.steps), before + 1);
+}
+
+static void put_alike(struct kage_vm *a, struct kage_vm *b)
+{
+	for (unsigned i = 0; i < SEEN; i++) {
+		put(a, i, 1 + i);
+		put(b, i, 1 + i);
+	}
+}
+
+/*
+ * Two steps have begun. One of them sees what was written, in new memory or in a pass, and ends; then the other goes on. It
+ * does not take it for quiet, whichever began first; the next step does.
+ */
+START_TEST(steps_that_had_begun)
+{
+	bool before = _i % 2, new = _i / 2;
+	struct kage_vm *a, *b;
+
+	sem_init(&other.begun, 0, 0);
+	sem_init(&other.go, 0, 0);
+	tune(0, 0, 0, 0, 0);
+	a = guest(SEEN, KAGE_REGION_MERGEABLE);
+	b = guest(SEEN, KAGE_REGION_MERGEABLE);
+	for (unsigned i = 0; i < 3 && !new; i++)
+		step(0, 0);
+	put_alike(a, b);
+	if (before) {
+		other_begins();
+		is(step(0, 0).pages_merged, 0);
+	} else {
+		is(step_with(other_begins), 0);
+	}
+	sem_post(&other.go);
+	is(pthread_join(other.thread, NULL), 0);
+	is(other.merged, 0);
+	is(stats(NULL).ksm_pages_sharing, 0);
+	is(step(0, 0).pages_merged, SEEN);
+	is(stats(NULL).ksm_pages_sharing, SEEN);
+	sem_destroy(&other.begun);
+	sem_destroy(&other.go);
+	is(kage_vm_destroy(a), 0);
+	is(kage_vm_destroy(b), 0);
+}
+END_TEST
+
+#define AT_ONCE 3u
+
+static uint64_t steps_begun;
+
+static void wait_for_all(void)
+{
+	while (atomic_load(&engine->merge.steps) < steps_begun)
+		sched_yield();
+}
+
+static void *step_at_once(void *arg)
+{
+	*(uint64_t *)arg = step_with(wait_for_all);
+	return NULL;
+}
+
+/* The same of steps that really go on at once, from their beginnings on. */
+START_TEST(steps_at_once)
+{
+	struct kage_vm *vm[4];
+	pthread_t thread[AT_ONCE];
+	uint64_t merged[AT_ONCE];
+
+	tune(0, 0, 0, 0, 0);
+	for (unsigned round = 0; round < 20; round++) {
+		for (unsigned g = 0; g < 4; g++)
+			vm[g] = guest(SEEN, KAGE_REGION_MERGEABLE);
+		put_alike(vm[0], vm[1]);
+		put_alike(vm[2], vm[3]);
+		steps_begun = atomic_load(&engine->merge.steps) + AT_ONCE;
+		for (unsigned i = 0; i < AT_ONCE; i++)
+			is(pthread_create(&thread[i], NULL, step_at_once, &merged[i]), 0);
+		for (unsigned i = 0; i < AT_ONCE; i++)
+			is(pthread_join(thread[i], NULL), 0);
+		for (unsigned i = 0; i < AT_ONCE; i++)
+			is(merged[i], 0);
+		is(step(0, 0).pages_merged, 3 * SEEN);
+		for (unsigned g = 0; g < 4; g++)
+			is(kage_vm_destroy(vm[g]), 0);
+	}
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("merge-policy");
@@ -755,6 +894,8 @@ int main(void)
 	tcase_add_test(tc, sharers_beyond_the_limit);
 	tcase_add_test(tc, many_frames_of_one_content);
 	tcase_add_test(tc, reserves_are_filled_in_pieces);
+	tcase_add_loop_test(tc, steps_that_had_begun, 0, 4);
+	tcase_add_test(tc, steps_at_once);
 	suite_add_tcase(suite, tc);
 	runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);
