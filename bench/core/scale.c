@@ -120,8 +120,10 @@ static void idle(struct herd *h)
 	struct kage_stats before = {.size = sizeof(before)}, after = {.size = sizeof(after)};
 
 	must(kage_stats_get(h->engine, NULL, &before), "stats");
+	must(kage_engine_tune(h->engine, KAGE_CFG(kage_tune, .flags = KAGE_TUNE_MERGE)), "tune");
 	for (unsigned i = 0; i < IDLES; i++)
 		must(kage_engine_step(h->engine, NULL, NULL), "idle pass");
+	must(kage_engine_tune(h->engine, KAGE_CFG(kage_tune, .flags = 0)), "tune");
 	must(kage_stats_get(h->engine, NULL, &after), "stats");
 	h->ok &= after.ksm_full_scans == before.ksm_full_scans + IDLES && after.ksm_pages_scanned == before.ksm_pages_scanned;
 }
