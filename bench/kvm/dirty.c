@@ -2,8 +2,8 @@
 /*
  * Dirty logging of a running guest: what its first write to a page after a harvest
  * costs it, and the harvest. Kage opens a log of single pages, for which its slots are
- * logged by KVM; the peer has one slot with KVM_MEM_LOG_DIRTY_PAGES and reads the log itself
- * (Documentation/virt/kvm/api.rst).
+ * logged by KVM; the peer has one slot with KVM_MEM_LOG_DIRTY_PAGES, reads the log itself and clears it, which protects
+ * the pages anew: the VMM has asked for KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (Documentation/virt/kvm/api.rst).
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -53,6 +53,15 @@ static bool all_dirty(const struct dirty *d, const struct subject *s)
 	return missing == 0;
 }
 
+/* The last harvest found nothing. */
+static bool none_dirty(const struct dirty *d)
+{
+	for (uint64_t i = 0; i < d->ours->bytes / PAGE / 64; i++)
+		if (d->bitmap[i])
+			return false;
+	return true;
+}
+
 static double collect(struct dirty *d)
 {
 	double ns = cpu_ns();
@@ -66,9 +75,11 @@ static double collect(struct dirty *d)
 static double get_log(struct dirty *d)
 {
 	struct kvm_dirty_log get = {.dirty_bitmap = d->bitmap};
+	struct kvm_clear_dirty_log clear = {.num_pages = (uint32_t)(d->peer->bytes / PAGE), .dirty_bitmap = d->bitmap};
 	double ns = cpu_ns();
 
 	must(ioctl(d->peer->vmm->fd, KVM_GET_DIRTY_LOG, &get) ? -errno : 0, "KVM_GET_DIRTY_LOG");
+	must(ioctl(d->peer->vmm->fd, KVM_CLEAR_DIRTY_LOG, &clear) ? -errno : 0, "KVM_CLEAR_DIRTY_LOG");
 	return cpu_ns() - ns;
 }
 
@@ -80,9 +91,11 @@ static double sample_ours(void *arg)
 	bool ok;
 
 	collect(d);
+	collect(d);
+	ok = none_dirty(d);
 	ns = write_all(d, d->ours, seed);
 	harvest = collect(d);
-	ok = ns > 0 && all_dirty(d, d->ours) && written(d, d->ours, seed);
+	ok &= ns > 0 && all_dirty(d, d->ours) && written(d, d->ours, seed);
 	series_add(&d->harvest, harvest / 1000);
 	return ok ? ns / (double)d->pages : -1;
 }
@@ -95,9 +108,11 @@ static double sample_plain(void *arg)
 	bool ok;
 
 	get_log(d);
+	get_log(d);
+	ok = none_dirty(d);
 	ns = write_all(d, d->peer, seed);
 	harvest = get_log(d);
-	ok = ns > 0 && all_dirty(d, d->peer) && written(d, d->peer, seed);
+	ok &= ns > 0 && all_dirty(d, d->peer) && written(d, d->peer, seed);
 	series_add(&d->peer_harvest, harvest / 1000);
 	return ok ? ns / (double)d->pages : -1;
 }
@@ -125,7 +140,7 @@ static void dirty_rows(const struct bench *b, struct dirty *d)
 	row = (struct row){.suite = "kvm",
 			   .name = "dirty-harvest",
 			   .unit = "us",
-			   .peer = "KVM_GET_DIRTY_LOG",
+			   .peer = "KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG",
 			   .isvoid = !t.ok,
 			   .value = series_median(&d->harvest),
 			   .spread = series_spread(&d->harvest),

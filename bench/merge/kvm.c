@@ -51,6 +51,7 @@ struct pair {
 	struct subject *guest[GUESTS];
 	struct gauge begun; /* when merging began */
 	uint64_t merged;
+	double stepping; /* ns of CPU of advised steps */
 	struct guest_args args;
 	uint64_t equal; /* pages after the first OWN_PAGES */
 	bool ok;
@@ -63,7 +64,7 @@ struct figures {
 	struct series loss;	       /* us of the guests' CPU a merged page */
 	/* advised: ns an iteration */
 	struct series calm_before, calm_merging, calm_after, calm_passes;
-	double calm_pages, calm_seconds; /* merged in what time, all repetitions */
+	double calm_pages, calm_seconds, calm_cpu; /* merged in what time, all repetitions */
 	struct series cow;	       /* ns a write */
 	double saved;
 };
@@ -254,8 +255,10 @@ static void merge_ours(struct pair *p, struct figures *f)
 static uint64_t advised_step(struct pair *p, uint64_t *merged, uint64_t *wait)
 {
 	struct kage_progress progress = {.size = sizeof(progress)};
+	double ns = cpu_ns();
 
 	must(kage_engine_step(p->guest[0]->engine, KAGE_CFG(kage_budget, .flags = KAGE_BUDGET_ADVISED), &progress), "step");
+	p->stepping += cpu_ns() - ns;
 	*merged += progress.pages_merged;
 	*wait = progress.wait_usec;
 	return progress.passes;
@@ -391,6 +394,7 @@ static bool turn_advised(uint64_t bytes, struct figures *f)
 	series_add(&f->calm_merging, advise(&p, ADVISED_MS, &merged, &passes, &seconds));
 	f->calm_pages += (double)merged;
 	f->calm_seconds += seconds;
+	f->calm_cpu += p.stepping;
 	for (unsigned i = 0; merged < p.equal && i < PASSES_MAX; i++)
 		pass(&p, &merged);
 	check(&p, merged >= p.equal, "Kage did not merge all equal pages");
@@ -496,8 +500,8 @@ void bench_merge_kvm(const struct bench *b)
 	finish_row(&row, &ours.cpu, &peer.cpu);
 	speed_row(names[1], ok, &ours.merging, &ours.before, "merged flat out", &peer.merging, &peer.before);
 	speed_row(names[2], ok, &ours.passes, &ours.after, "one pass after the other", &peer.passes, &peer.after);
-	snprintf(paced, sizeof(paced), "merged at %s: %.0f MiB in %.1f s", pace, ours.calm_pages * PAGE / MIB,
-		 ours.calm_seconds);
+	snprintf(paced, sizeof(paced), "merged at %s: %.0f MiB in %.1f s, %.1f us of CPU a saved frame", pace,
+		 ours.calm_pages * PAGE / MIB, ours.calm_seconds, ours.calm_cpu / ours.calm_pages / 1e3);
 	speed_row(names[5], ok, &ours.calm_merging, &ours.calm_before, paced, NULL, NULL);
 	snprintf(calm, sizeof(calm), "passes at %s", pace);
 	speed_row(names[6], ok, &ours.calm_passes, &ours.calm_after, calm, NULL, NULL);

@@ -135,8 +135,8 @@ struct kage_progress {
  * call ends with the pass that it has begun in.
  *
  * `budget` may be NULL (one whole pass), `progress` may be NULL.
- * Returns KAGE_OK, -EINVAL, -E2BIG, -ENOMEM, -ETIMEDOUT (a vCPU did not leave
- * its window of use). The calling thread must not be inside a vCPU's window of
+ * Returns KAGE_OK, -EINVAL, -E2BIG, -ENOMEM (what there was memory for has been done, the rest
+ * waits for a later step; `progress` is not filled in), -ETIMEDOUT (a vCPU did not leave its window of use). The calling thread must not be inside a vCPU's window of
  * use (else -EDEADLK).
  */
 KAGE_API int kage_engine_step(struct kage_engine *engine, const struct kage_budget *budget,
