@@ -413,6 +413,22 @@ static bool fault_is_spurious(const struct mm_lookup *l, bool exclusive)
 	return entry_is_leaf(l->entry) && (l->writable || (!exclusive && !entry_is_fused(l->entry)));
 }
 
+/*
+ * A walk without a lock may end in a table that was shared when it came by, and that a relative has had to itself since:
+ * what is read there then is the relative's. Who may write to a table sees that nobody shares it, after the others have
+ * stored their way to a copy; so who read such a write (entry_load() acquires) finds another way now.
+ */
+static bool lookup_stands(const struct mm *mm, gfn_t gfn, const struct mm_lookup *l)
+{
+	struct mm_lookup now;
+
+	if (l->writable)
+		return true;
+	atomic_thread_fence(memory_order_acquire);
+	now = mm_lookup(mm, gfn);
+	return now.entry == l->entry && now.level == l->level && pfn_eq(now.pfn, l->pfn);
+}
+
 static int fault_spurious(struct mm *mm, struct mm_fault *f, const struct region *reg, const struct mm_lookup *l)
 {
 	f->pfn = l->pfn;
@@ -425,11 +441,15 @@ static int fault_once(struct mm *mm, struct mm_fault *f, const struct region *re
 	bool adopts = fault_adopts(mm, reg);
 	bool exclusive = f->access & KAGE_WRITE || f->unshare || (adopts && mm_native(mm));
 	struct mm_lookup l;
+	bool stands;
 	int r;
 
 	rcu_enter();
 	l = mm_lookup(mm, f->gfn);
+	stands = lookup_stands(mm, f->gfn, &l);
 	rcu_leave();
+	if (!stands)
+		return FAULT_AGAIN;
 	if (entry_state(l.entry) == ENTRY_POISON)
 		return -EFAULT;
 	if (fault_is_spurious(&l, exclusive)) {
@@ -466,7 +486,7 @@ bool mm_present(struct mm *mm, struct mm_fault *f)
 	if (region_allows(reg, f->access) && !load_acquire(&mm->mirror)) {
 		struct mm_lookup l = mm_lookup(mm, f->gfn);
 
-		present = fault_is_spurious(&l, f->access & KAGE_WRITE || f->unshare);
+		present = fault_is_spurious(&l, f->access & KAGE_WRITE || f->unshare) && lookup_stands(mm, f->gfn, &l);
 		if (present)
 			fault_spurious(mm, f, reg, &l);
 	}

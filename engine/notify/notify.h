@@ -30,7 +30,7 @@
  *      one unregistered during a change whose start it saw gets the end first.
  *  N7  who holds the lock that a registered listener's start takes, and finds no
  *      overlapping change in flight (notify_quiet()), may look up and install
- *      until he drops it, without a section: of a change that he did not see,
+ *      in that range, and no more, until he drops it, without a section: of a change that he did not see,
  *      that start has not run yet, or the end is over.
  *
  * The ends are called before the slot is cleared: that a slot was left is then

@@ -24,7 +24,7 @@ static void audit_guest_side(struct shadow *s, struct shadow_page *p, unsigned i
 {
 	struct guest_entry g = {0};
 	const void *table;
-	bool same;
+	bool same, more;
 
 	if (p->role & ROLE_UNFED) {
 		unfed_entry(p, i, &g);
@@ -38,15 +38,14 @@ static void audit_guest_side(struct shadow *s, struct shadow_page *p, unsigned i
 	table = table_peek(s, p->gfn);
 	same = table && guest_entry(s, p, i, table_entry(p, table, i), &g) && same_target(s, p, i, &g);
 	rcu_leave();
-	if (!same && atomic_load(&s->untold))
+	more = same && ((p->spte[i] & ~g.bits & SPTE_GUEST) || ((p->spte[i] ^ g.bits) & no_grants(p)));
+	atomic_thread_fence(memory_order_acquire);
+	if ((!same || more) && atomic_load(&s->untold))
 		return;
 	CHECK(a, same, "shadow %u (table gfn %#llx level %u): entry %u is not what the guest's says", p->id,
 	      (unsigned long long)p->gfn.v, p->level, i);
-	if (same)
-		CHECK(a,
-		      !(p->spte[i] & ~g.bits & SPTE_GUEST) && !((p->spte[i] ^ g.bits) & no_grants(p)),
-		      "shadow %u: entry %u grants more than the guest's (%#llx, %#llx)", p->id, i,
-		      (unsigned long long)p->spte[i], (unsigned long long)g.bits);
+	CHECK(a, !more, "shadow %u: entry %u grants more than the guest's (%#llx, %#llx)", p->id, i,
+	      (unsigned long long)p->spte[i], (unsigned long long)g.bits);
 }
 
 /* Does the primary table map gfn to pfn, and may the bits be granted? */

@@ -156,9 +156,20 @@ static spte_t leaf_host_bits(const struct map *m, const struct chunk *c, bool la
 	return h;
 }
 
+/*
+ * A large leaf stands for 512 pages, the answer for one: of all of them it has to be true under this lock, with no change
+ * of any in flight (M1). Otherwise the leaf is of 4 KiB.
+ */
 static bool may_be_large(const struct map *m, const struct chunk *c)
 {
-	return m->mf->level >= 1 && !(c && c->watched) && !mm_dirty_fine(m->s->mm);
+	struct mm *mm = m->s->mm;
+	gfn_t block = GFN(ALIGN_DOWN(m->gfn.v, BLOCK_PAGES));
+	struct mm_fault now = {.gfn = m->gfn, .access = m->access};
+
+	if (m->mf->level < 1 || (c && c->watched) || mm_dirty_fine(mm) ||
+	    !notify_quiet(&mm->notify, block, gfn_add(block, BLOCK_PAGES)))
+		return false;
+	return mm_present(mm, &now) && now.level >= 1 && pfn_eq(now.pfn, m->mf->pfn) && now.prot == m->mf->prot;
 }
 
 /* -- leaves ---------------------------------------------------------------- */

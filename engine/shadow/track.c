@@ -321,6 +321,7 @@ static void range_written(struct shadow *s, gpa_t gpa, uint64_t len)
 void shadow_write_begin(struct shadow *s)
 {
 	atomic_fetch_add(&s->untold, 1);
+	atomic_thread_fence(memory_order_release);
 }
 
 void shadow_write_end(struct shadow *s)

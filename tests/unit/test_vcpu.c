@@ -7,7 +7,10 @@
 #include "guest_tables.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <sys/uio.h>
+
+#include <kage/notifier.h>
 
 static struct guest g;
 
@@ -76,6 +79,51 @@ START_TEST(test_protect_inside_a_block)
 		ck_assert_int_eq(kage_vcpu_store(g.cpu, 0x2010000, &v, 8, NULL), KAGE_OK);
 		ck_assert_int_eq(kage_vm_advise(g.vm, 0x2000000, 0x200000, KAGE_ADVICE_DISCARD), KAGE_OK);
 	}
+}
+END_TEST
+
+static void *use_neighbour(void *arg)
+{
+	cpu_store(g.cpu, 0x2000000, 7);
+	kage_vcpu_leave(g.cpu);
+	return arg;
+}
+
+/* Registered after the shadow's own listener: that one has taken away what the change is about. */
+static int start_late(struct kage_notifier *n, const struct kage_range *range)
+{
+	pthread_t t;
+
+	ck_assert_int_eq(pthread_create(&t, NULL, use_neighbour, NULL), 0);
+	ck_assert_int_eq(pthread_join(t, NULL), 0);
+	return 0;
+}
+
+/* While one page of a block changes, a miss on another one must not bring back a translation of the whole. */
+START_TEST(test_neighbour_of_a_change)
+{
+	static const struct kage_notifier_ops ops = {.invalidate_range_start = start_late};
+	struct kage_notifier late = {0};
+	uint64_t v = 1;
+
+	if (_i & 1)
+		guest_map(&g, guest_long_mode(&g, 4), 0x2000000, 0x2000000, PTE_W | PTE_PS, 1);
+	cpu_store(g.cpu, 0x2000000, 1);
+	cpu_store(g.cpu, 0x2040000, 5);
+	kage_vcpu_leave(g.cpu);
+	ck_assert_int_eq(kage_notifier_register(g.vm, &late, &ops), KAGE_OK);
+	if (_i & 2)
+		ck_assert_int_eq(kage_vm_advise(g.vm, 0x2040000, 4096, KAGE_ADVICE_DISCARD), KAGE_OK);
+	else
+		ck_assert_int_eq(kage_vm_protect(g.vm, 0x2040000, 4096, KAGE_READ), KAGE_OK);
+	ck_assert_int_eq(kage_notifier_unregister(&late), KAGE_OK);
+	guest_audit(&g);
+	if (_i & 2)
+		ck_assert_uint_eq(cpu_load(g.cpu, 0x2040000), 0);
+	else
+		ck_assert_int_eq(kage_vcpu_store(g.cpu, 0x2040000, &v, 8, NULL), KAGE_MMIO);
+	ck_assert_uint_eq(cpu_load(g.cpu, 0x2000000), 7);
+	guest_audit(&g);
 }
 END_TEST
 
@@ -1076,6 +1124,7 @@ static Suite *suite(void)
 	tcase_add_checked_fixture(t, setup, teardown);
 	tcase_add_test(t, test_paging_off);
 	tcase_add_test(t, test_protect_inside_a_block);
+	tcase_add_loop_test(t, test_neighbour_of_a_change, 0, 4);
 	tcase_add_test(t, test_access_after_leave);
 	tcase_add_test(t, test_device_memory);
 	tcase_add_test(t, test_four_levels);
