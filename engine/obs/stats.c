@@ -81,10 +81,11 @@ static uint64_t count_nominal(struct mm *mm)
 	return sum;
 }
 
+/* Mapped and untouched pages add up to what this one walk met, whatever is mapped or unmapped meanwhile. */
 static void add_pages(struct mm *mm, struct kage_stats *out)
 {
 	uint8_t map[BLOCK_PAGES];
-	uint64_t n;
+	uint64_t n, mapped = 0;
 	gfn_t at;
 
 	for (unsigned i = 0; (n = obs_region_at(mm, i, &at)) != 0; i++) {
@@ -94,10 +95,12 @@ static void add_pages(struct mm *mm, struct kage_stats *out)
 			obs_page_map(mm, at, run, map);
 			for (uint64_t j = 0; j < run; j++)
 				add_class(out, map[j]);
+			mapped += run;
 			at = gfn_add(at, run);
 			n -= run;
 		}
 	}
+	out->pages_mapped = mapped - out->pages_untouched;
 }
 
 static void add_events(struct mm *mm, struct kage_stats *out)
@@ -111,7 +114,6 @@ static void add_events(struct mm *mm, struct kage_stats *out)
 static void add_held(struct mm *mm, struct kage_stats *out)
 {
 	add_pages(mm, out);
-	out->pages_mapped = count_nominal(mm) - out->pages_untouched;
 	out->ksm_pages_sharing = out->pages_shared_merge;
 	out->ksm_zero_pages = out->pages_zero;
 	out->ksm_general_profit = (int64_t)((out->pages_shared_merge + out->pages_zero) * PAGE_SIZE);
