@@ -35,8 +35,8 @@
  *
  *     So a mark that is still to be seen says that neither grace period has passed for whoever sees it. Nobody sets one
  *     later: candidates_add() is for a frame that an entry maps in that same section. Of a PRIVATE frame `where` is
- *     the owner only while its kind says so: it is the link of a PENDING one, the record of a STABLE one (stable_publish()
- *     sets the kind first). So the kind is looked at once more.
+ *     the owner only while its bits say so: it is the link of a DEAD or PENDING one (dead_add() sets the bit first), the record of
+ *     a STABLE one (stable_publish() sets the kind first). So the bits are looked at once more.
  *
  * Locks: t->lock, for moments; inside it nothing else is taken.
  *
@@ -110,7 +110,8 @@ bool candidate_alive(struct pool *pool, pfn_t pfn)
 		return false;
 	bits = load_acquire(&pfn_frame(pool, pfn)->bits);
 	kind = (enum frame_kind)((bits & FRAME_KIND_MASK) >> FRAME_KIND_SHIFT);
-	return bits & FRAME_CANDIDATE && !(bits & FRAME_PINS_MAX) && (kind == FRAME_HOME || kind == FRAME_PRIVATE);
+	return bits & FRAME_CANDIDATE && !(bits & (FRAME_PINS_MAX | FRAME_DEAD)) &&
+	       (kind == FRAME_HOME || kind == FRAME_PRIVATE);
 }
 
 bool candidate_where(struct host *h, pfn_t pfn, uint64_t *where)

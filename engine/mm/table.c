@@ -79,14 +79,15 @@ static inline uint32_t refs_add(struct frame *f, int n)
 /*
  * Called with the table lock under which the last entry went: until the frame is
  * released (after the end of the change) FRAME_DEAD keeps its home slot from being
- * claimed by a fault that finds the entry empty.
+ * claimed by a fault that finds the entry empty, and `where` from being taken for the owner
+ * (release: who reads the link there sees the bit; invariant 6 of merge/candidate.c).
  */
 void dead_add(struct pool *pool, struct dead *d, pfn_t pfn, unsigned order)
 {
 	struct frame *f = pfn_frame(pool, pfn);
 
 	atomic_fetch_or_explicit(&f->bits, FRAME_DEAD, memory_order_relaxed);
-	atomic_store_explicit(&f->where, d->head, memory_order_relaxed);
+	atomic_store_explicit(&f->where, d->head, memory_order_release);
 	d->head = pfn.v << 8 | order;
 	d->pages += (uint64_t)1 << order;
 }
