@@ -509,6 +509,14 @@ static void plan_unlock(struct change *c)
 		lock_drop(pl->lock[i]);
 }
 
+/* The scanned guest's own no, and memory that is being unmapped, are news: no reason to leave the page alone for long. */
+static enum run_result refusal(const struct plan *pl, const struct side *s, const struct place *at, const struct region *reg)
+{
+	if (s->into)
+		return RUN_DIFFERS;
+	return reg && at->mm != pl->r->mm ? RUN_REFUSED : RUN_RACED;
+}
+
 /* Counts the entries that map each page's frame; a page that somebody does not let be merged is let go. */
 static void place_count(struct plan *pl, const struct side *s, const struct place *at)
 {
@@ -523,7 +531,7 @@ static void place_count(struct plan *pl, const struct side *s, const struct plac
 		if (!reg || gfn.v < reg->start.v || gfn.v >= reg->start.v + reg->npages)
 			reg = mm_region(at->mm, gfn);
 		if (!reg || !(reg->flags & KAGE_REGION_MERGEABLE))
-			page_drop(p, s->into ? RUN_DIFFERS : RUN_REFUSED);
+			page_drop(p, refusal(pl, s, at, reg));
 		p->slots += !at->again;
 		if (!s->into)
 			p->guests++;

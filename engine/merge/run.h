@@ -23,7 +23,7 @@ enum run_to {
 enum run_result {
 	RUN_RACED = 0, /* somebody was in the way */
 	RUN_DIFFERS,   /* the contents do */
-	RUN_REFUSED,   /* a guest that sees the page does not let its pages be merged */
+	RUN_REFUSED,   /* another guest that sees the page does not let its pages be merged */
 	RUN_MERGED,
 };
 
@@ -43,6 +43,7 @@ struct run_page {
 
 /* Pages of 2 MiB of one guest, and what each is to be merged with. */
 struct run {
+	struct mm *mm; /* the guest that is scanned */
 	struct family *family;
 	gfn_t base; /* 2 MiB aligned */
 	uint32_t domain;

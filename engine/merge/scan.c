@@ -367,6 +367,7 @@ static void scanner_begin(struct scanner *s, const struct work *w)
 	s->g = mm->merge;
 	s->populated_base = PFN_NONE;
 	s->live = mm_listening(mm) ? LIVE_MOST : BLOCK_PAGES;
+	s->run.mm = mm;
 	s->run.family = mm->family;
 	s->run.domain = mm->domain;
 	s->zero = w->zero;
