@@ -444,6 +444,17 @@ static uint64_t now_usec(const struct merge *m)
 	return env_now(m->host->env, KAGE_CLOCK_WALL) / 1000;
 }
 
+/* Both at one moment: a step of the old pass, were it to go on in the next, would find its chunks seen and leave them out. */
+static void step_begin(struct scanner *s)
+{
+	struct merge *m = s->m;
+
+	lock_take(&m->lock);
+	s->step = atomic_fetch_add(&m->steps, 1) + 1;
+	s->pass = atomic_load(&m->passes);
+	lock_drop(&m->lock);
+}
+
 int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t moved, uint64_t *scanned, uint64_t *merged, bool *more)
 {
 	uint64_t start = usec ? now_usec(m) : 0, first = atomic_load(&m->moved), done, spent = 0;
@@ -457,8 +468,7 @@ int merge_step(struct merge *m, uint64_t pages, uint64_t usec, uint64_t moved, u
 	if (!s)
 		return -ENOMEM;
 	s->m = m;
-	s->step = atomic_fetch_add(&m->steps, 1) + 1;
-	s->pass = atomic_load(&m->passes);
+	step_begin(s);
 	while (r == 0 && atomic_load(&m->on)) {
 		done = atomic_load(&m->moved) - first;
 		if ((pages && spent >= pages) || (usec && now_usec(m) - start >= usec) || done >= moved) {
