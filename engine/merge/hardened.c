@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Merging for tenants that must not learn of each other: what becomes of a quiet
- * page in a hardened domain (mm/fused.h says why, and has invariants H1 to H5).
+ * page in a hardened domain (mm/fused.h says why, and has invariants H1 to H6).
  *
  * Each page that is looked at is fused, whether its contents occur once or a
  * thousand times: its entries map a stable frame that was drawn at random, and

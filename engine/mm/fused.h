@@ -77,7 +77,7 @@ struct reserve *reserve_make(struct tenant *t, uint32_t want);
 void reserve_free(struct reserve *r);
 /*
  * Notes are let go of, the reserve is filled, or emptied if no guest is left. Any thread; no lock held. `until`: by the
- * engine's clock, 0: whenever. True: it is not full for lack of time.
+ * engine's clock, 0: whenever. True: it is not full for lack of time, or not all is let go of.
  */
 bool reserve_upkeep(struct reserve *r, uint64_t until);
 /* Bytes of its lists. */

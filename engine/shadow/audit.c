@@ -3,8 +3,8 @@
  * The audit of the shadow tables: invariants S1 to S5 of internal.h, lists,
  * counts, and every TLB entry.
  *
- * Locks: the shadow lock for all of it. The caller has stopped faults and
- * changes of the mm; vCPUs may go on hitting their TLBs.
+ * Locks: the shadow lock for all of it. The caller has stopped changes of the mm, and so
+ * faults that need one; misses of pages that are present go on, each under the shadow lock. vCPUs may go on hitting their TLBs.
  */
 #include "shadow/internal.h"
 

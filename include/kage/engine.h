@@ -270,8 +270,8 @@ struct kage_audit {
 /**
  * Checks every invariant of the whole engine: reference counts against the
  * tables, the write rule, reverse maps, pool free lists, shadow tables against
- * guest and primary tables. Stops all guests' faults while it runs; vCPU
- * threads may keep running.
+ * guest and primary tables. Threads that change a guest's memory, by a fault too, wait for it; vCPU threads
+ * may keep running: their TLB misses wait only where a page is not present yet, or for a shadow table's turn.
  *
  * Returns KAGE_OK (no violation), -EUCLEAN (violations; see the struct),
  * -EINVAL, -E2BIG, -ENOMEM.

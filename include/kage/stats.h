@@ -34,8 +34,8 @@ struct kage_stats {
 	uint64_t pages_untouched;/**< pages that hold none: without an entry, or mapped and never written */
 
 	/* faults and changes */
-	uint64_t faults;         /**< primary faults taken */
-	uint64_t faults_spurious;
+	uint64_t faults;         /**< primary faults taken; a TLB miss of a page that is present is none, only one of tlb_misses */
+	uint64_t faults_spurious; /**< of these, those that found the page as they needed it */
 	uint64_t faults_retried; /**< because an overlapping change was in flight */
 	uint64_t retries_spurious; /**< retries for a change that did not overlap: stays 0 */
 	uint64_t cow_breaks;

@@ -96,7 +96,7 @@ struct kage_region {
  * Returns KAGE_OK, -EINVAL (bad range, kind, flags or prot), -EEXIST (overlaps
  * a region), -EBADF or -EACCES or -ENODEV (the descriptor cannot be mapped as
  * asked), -EOVERFLOW (a FILE or FOREIGN region beyond the end of its file),
- * -ENOMEM, -E2BIG. Any thread; faults of other vCPUs wait.
+ * -ENOMEM, -E2BIG. Any thread; faults of other threads wait, misses of pages that are present do not.
  */
 KAGE_API int kage_vm_map(struct kage_vm *vm, const struct kage_region *region);
 
