@@ -153,9 +153,18 @@ enum kage_tune_flags {
 struct kage_tune {
 	uint32_t size;
 	uint32_t flags; /**< enum kage_tune_flags */
-	/** 0: zero pages are merged into a frame of zeroes (enum kage_domain_flags says whose); 1: like any other content. */
+	/**
+	 * 0: zero pages are merged into a frame of zeroes (enum kage_domain_flags says whose); 1: like any other content.
+	 * Default 0, as a frame of zeroes costs no frame, no hash and no chain, and most duplicates are zeroes; 1 bounds
+	 * who shares it, by `max_sharing` (KSM: use_zero_pages, 0 by default, since its zero page is everybody's).
+	 */
 	uint32_t no_zero_pages;
-	/** Most guest pages that may share one stable frame. 0: 256 Ki. At least 2. */
+	/**
+	 * Most guest pages that may share one stable frame; what comes beyond gets another frame of the same content. At least 2.
+	 * It bounds the frame's chain, of 8 bytes for each place that it was merged from, and how long pruning that takes. 0: 256 Ki,
+	 * which are 2 MiB of chain (KSM: max_page_sharing, 256, since whoever reclaims or migrates a page there walks all its
+	 * places; here a break does not, only pruning and the audit do).
+	 */
 	uint32_t max_sharing;
 
 	/* the advisor, for steps with KAGE_BUDGET_ADVISED */
